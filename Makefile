@@ -1,0 +1,28 @@
+# `make demo` shows the whole idea; `make test` is what CI runs. Both set up .venv first.
+# On Linux, PyPI's torch wheel brings CUDA: PIP_ARGS (or PIP_EXTRA_INDEX_URL) points pip to a CPU build.
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
+	  -c constraints.txt -e ".[train,dev]"
+	touch $@
+
+demo: .venv/.installed
+	$(BIN)/skipvision demo -o demo --force
+
+test: lint
+	$(BIN)/pytest
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv demo build

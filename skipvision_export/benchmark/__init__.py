@@ -1,0 +1,1 @@
+"""Whatever runs bundles to measure them: parity, accuracy, time, memory, FLOPs."""

@@ -1,0 +1,106 @@
+"""Task accuracy on question-answer data: exact match of the greedy answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from skipvision_export.runtime.data import Sample
+from skipvision_export.runtime.pipeline import Bundle
+from skipvision_export.runtime.prompt import PromptInputs
+from skipvision_export.runtime.torch_reference import TorchReference
+
+Progress = Callable[[str], None]
+
+
+class Answerer(Protocol):
+    """Anything that answers a question about a picture."""
+
+    def __call__(self, image: Path, question: str) -> str:
+        """The answer's text."""
+
+
+@dataclass
+class Accuracy:
+    """Share of answers that equal the expected one; by_type: the same for each type of question."""
+
+    accuracy: float
+    n: int
+    by_type: dict[str, float]
+    answers: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Without the answers."""
+        return {"accuracy": self.accuracy, "n": self.n, "by_type": self.by_type}
+
+
+def evaluate(answer: Answerer, samples: Sequence[Sample], progress: Progress = lambda _: None) -> Accuracy:
+    """Ask every question; case, outer spaces and a final full stop do not count."""
+    answers, right = [], []
+    for i, sample in enumerate(samples):
+        if i % 20 == 0:
+            progress(f"question {i + 1} of {len(samples)}")
+        answers.append(answer(sample.image, sample.question))
+        right.append(normalize(answers[-1]) == normalize(sample.answer))
+    types = sorted({sample.type for sample in samples})
+    by_type = {
+        kind: float(np.mean([r for r, s in zip(right, samples, strict=True) if s.type == kind]))
+        for kind in types
+    }
+    return Accuracy(float(np.mean(right)), len(samples), by_type, answers)
+
+
+def normalize(text: str) -> str:
+    """What exact match ignores."""
+    return " ".join(text.lower().rstrip(" .").split())
+
+
+def shuffled(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
+    """Every question with another question's picture: what an answer owes to the words alone."""
+    images = list(dict.fromkeys(sample.image for sample in samples))
+    order = np.random.default_rng(seed).permutation(len(images))
+    # Along one random cycle, so that no picture stays with its own questions.
+    other = {images[a]: images[b] for a, b in zip(order, np.roll(order, 1), strict=True)}
+    return [Sample(other[s.image], s.question, s.answer, s.type) for s in samples]
+
+
+class BundleAnswerer:
+    """Answers with a bundle; a picture is encoded once for all questions in a row about it."""
+
+    def __init__(self, bundle: Bundle, max_new_tokens: int = 32) -> None:
+        """max_new_tokens: where an answer is cut."""
+        self.bundle, self.max_new_tokens = bundle, max_new_tokens
+        self._image: Path | None = None
+        self._features: Any = None
+
+    def __call__(self, image: Path, question: str) -> str:
+        """Greedy answer."""
+        inputs: PromptInputs = self.bundle.prepare(image, question)
+        if image != self._image:
+            self._features = self.bundle.generator.encode(inputs.pixel_values)
+            self._image = image
+        done = self.bundle.run(inputs, self.max_new_tokens, features=self._features)
+        return self.bundle.decode_text(done.token_ids)
+
+
+class TorchAnswerer:
+    """Answers with the Hugging Face model itself."""
+
+    def __init__(self, reference: TorchReference, max_new_tokens: int = 32) -> None:
+        """max_new_tokens: where an answer is cut."""
+        self.reference, self.max_new_tokens = reference, max_new_tokens
+
+    def __call__(self, image: Path, question: str) -> str:
+        """Greedy answer."""
+        inputs = self.reference.prepare(image, question)
+        done, _ = self.reference.run(inputs, self.max_new_tokens)
+        return self.reference.decode_text(done.token_ids)
+
+
+def unique_images(samples: Iterable[Sample]) -> list[Path]:
+    """Pictures in order of first appearance."""
+    return list(dict.fromkeys(sample.image for sample in samples))

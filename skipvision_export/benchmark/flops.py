@@ -1,0 +1,97 @@
+"""Floating-point operations and cache sizes: by formula, and counted over a graph's nodes.
+
+A multiply and an add are two operations. Both count MatMul, Gemm and Attention only; norms,
+activations and gathers are less than 1 % of them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import onnx
+
+from skipvision_export.config import TokenLayout
+from skipvision_export.models import DecoderDims
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class PrefillCost:
+    """Cost of one prompt with one image: operations of the decoder, and cache bytes after it."""
+
+    prefill_flops: int
+    kv_bytes: int
+
+
+def prefill_cost(
+    dims: DecoderDims, layout: TokenLayout, text_tokens: int, dtype: str = "float32"
+) -> PrefillCost:
+    """By formula, for `text_tokens` and the visual tokens of one image.
+
+    Every token goes through q, k, v and o and attends to the whole sequence; only text and kept
+    tokens go through the FFN and stay in the cache; the head reads the last position.
+    """
+    length = text_tokens + layout.total
+    kept = text_tokens + layout.kept
+    d, q = dims.hidden_size, dims.num_heads * dims.head_dim
+    kv = dims.num_kv_heads * dims.head_dim
+    projections = 2 * length * d * (q + 2 * kv) + 2 * length * q * d
+    attention = 2 * 2 * length * length * q
+    ffn = 3 * 2 * kept * d * dims.intermediate_size
+    head = 2 * d * dims.vocab_size
+    return PrefillCost(
+        prefill_flops=dims.num_layers * (projections + attention + ffn) + head,
+        kv_bytes=kv_bytes(dims, kept, dtype),
+    )
+
+
+def kv_bytes(dims: DecoderDims, tokens: int, dtype: str = "float32") -> int:
+    """Bytes of keys and values of `tokens` cached positions in all layers."""
+    return 2 * dims.num_layers * dims.num_kv_heads * dims.head_dim * tokens * DTYPE_BYTES[dtype]
+
+
+def count_flops(model: onnx.ModelProto, sizes: dict[str, int]) -> int:
+    """Count over a graph's MatMul, Gemm and Attention nodes; weights need not be loaded.
+
+    sizes: a number for each named dimension of the inputs, such as {"batch": 1, "sequence": 640}.
+    Raises ValueError where a node's shape does not follow from them.
+    """
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    for value in model.graph.input:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_value = sizes[dim.dim_param]
+    for value in model.graph.output:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.ClearField("dim_param")
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    shapes = {
+        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output)
+    }
+    shapes |= {tensor.name: list(tensor.dims) for tensor in inferred.graph.initializer}
+
+    def shape(name: str, node: onnx.NodeProto) -> list[int]:
+        sizes_of = shapes.get(name)
+        if not sizes_of or not all(sizes_of):
+            raise ValueError(f"the shape of {name} at node {node.name} does not follow: {sizes_of}")
+        return sizes_of
+
+    total = 0
+    for node in inferred.graph.node:
+        if node.op_type == "MatMul":
+            inner = shape(node.input[0], node)[-1]
+            total += 2 * math.prod(shape(node.output[0], node)) * inner
+        elif node.op_type == "Gemm":
+            trans = next((a.i for a in node.attribute if a.name == "transA"), 0)
+            inner = shape(node.input[0], node)[0 if trans else 1]
+            total += 2 * math.prod(shape(node.output[0], node)) * inner
+        elif node.op_type == "Attention":
+            batch, heads, queries, size = shape(node.input[0], node)
+            keys = shape(node.input[1], node)[2]
+            value_size = shape(node.input[2], node)[3]
+            total += 2 * batch * heads * queries * keys * (size + value_size)
+    return total

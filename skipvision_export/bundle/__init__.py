@@ -1,0 +1,29 @@
+"""The folder that export writes and every runtime reads: layout, manifest, hashes."""
+
+from skipvision_export.bundle.graphs import write_graphs
+from skipvision_export.bundle.manifest import (
+    MANIFEST,
+    GraphInfo,
+    Manifest,
+    ModelInfo,
+    Roles,
+    SourceInfo,
+    file_table,
+    sha256_of,
+)
+from skipvision_export.bundle.output import atomic_folder, check_output, write_text
+
+__all__ = [
+    "MANIFEST",
+    "GraphInfo",
+    "Manifest",
+    "ModelInfo",
+    "Roles",
+    "SourceInfo",
+    "atomic_folder",
+    "check_output",
+    "file_table",
+    "sha256_of",
+    "write_graphs",
+    "write_text",
+]

@@ -1,0 +1,158 @@
+"""`skipvision.json`: what a bundle is and what is in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from skipvision_export.config import SkipVisionConfig, TokenLayout
+from skipvision_export.errors import BundleError
+
+MANIFEST = "skipvision.json"
+SCHEMA_VERSION = 1
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TensorInfo(_Strict):
+    """One input or output of a graph; dynamic dimensions by name."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+class GraphInfo(_Strict):
+    """One ONNX file of the bundle."""
+
+    file: str
+    inputs: list[TensorInfo]
+    outputs: list[TensorInfo]
+
+
+class FileInfo(_Strict):
+    """Size in bytes and hash of one file."""
+
+    bytes: int
+    sha256: str
+
+
+class SourceInfo(_Strict):
+    """The model that was exported; the hash covers its configuration and weights."""
+
+    name: str
+    family: str
+    architecture: str
+    sha256: str
+
+
+class Roles(_Strict):
+    """Visual tokens of one image; `layout` lists runs of roles in order."""
+
+    retained: int
+    skipped: int
+    layout: list[tuple[str, int]]
+
+
+class ModelInfo(_Strict):
+    """Sizes that runtimes and benchmarks need without opening a graph."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    visual_tokens: int
+    image_token_id: int
+
+
+class Manifest(_Strict):
+    """The whole manifest; `load` checks its schema version first."""
+
+    schema_version: int = SCHEMA_VERSION
+    source: SourceInfo
+    preset: str
+    config: dict[str, Any]
+    roles: Roles
+    model: ModelInfo
+    dtype: str
+    opset: int
+    graphs: dict[str, GraphInfo]
+    tools: dict[str, str]
+    files: dict[str, FileInfo] = Field(default_factory=dict)
+
+    @property
+    def layout(self) -> TokenLayout:
+        """Runs of roles of one image's visual tokens."""
+        return TokenLayout(tuple((role, n) for role, n in self.roles.layout))  # type: ignore[misc]
+
+    @property
+    def skip_config(self) -> SkipVisionConfig:
+        """The configuration that the bundle was exported with."""
+        return SkipVisionConfig.from_json(self.config)
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read a bundle's manifest; raises BundleError with the file's name."""
+        file = folder / MANIFEST
+        if not folder.is_dir():
+            raise BundleError(f"{folder} is not a folder; expected a bundle that export wrote")
+        if not file.is_file():
+            raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}")
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise BundleError(f"{file} is truncated or no JSON ({error}); export again") from None
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != SCHEMA_VERSION:
+            raise BundleError(
+                f"{file} has schema version {version}, this version reads {SCHEMA_VERSION}; export again"
+            )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise BundleError(f"{file} is altered: {where}: {first['msg']}; export again") from None
+
+    def verify(self, folder: Path) -> None:
+        """Check that every file is there, whole and unaltered; raises BundleError naming it."""
+        for name, info in self.files.items():
+            file = folder / name
+            if not file.is_file():
+                raise BundleError(f"{file} is missing from the bundle; export again")
+            size = file.stat().st_size
+            if size != info.bytes:
+                kind = "truncated" if size < info.bytes else "altered"
+                raise BundleError(
+                    f"{file} is {kind}: {size} bytes, the manifest says {info.bytes}; export again"
+                )
+            if sha256_of(file) != info.sha256:
+                raise BundleError(f"{file} is altered: its sha256 is not the manifest's; export again")
+
+
+def sha256_of(*files: Path) -> str:
+    """Hash of the files' contents, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def file_table(folder: Path) -> dict[str, FileInfo]:
+    """Size and hash of every file under `folder` but the manifest."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return {
+        file.relative_to(folder).as_posix(): FileInfo(bytes=file.stat().st_size, sha256=sha256_of(file))
+        for file in files
+    }

@@ -1,0 +1,105 @@
+"""Writing a folder so that it is either whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from skipvision_export.errors import OutputError
+
+
+def check_output(folder: Path, force: bool) -> None:
+    """Raise OutputError where `folder` must not or cannot be written; call it before any long work."""
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise OutputError(f"{folder} cannot be written: {above} is not a folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise OutputError(f"{folder} cannot be written: no permission in {above}")
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} exists and is not a folder; choose another output folder")
+    if folder.is_dir() and any(folder.iterdir()) and not force:
+        raise OutputError(
+            f"{folder} exists and is not empty; choose another output folder, or --force to replace it"
+        )
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path, force: bool = False) -> Iterator[Path]:
+    """Yield a scratch folder beside `folder` that takes its name if the block succeeds.
+
+    On any error the scratch folder is removed and what stood there before stays. Raises OutputError
+    for a full disk or a folder that cannot be written.
+    """
+    check_output(folder, force)
+    target = folder.absolute()
+    made: list[Path] = []
+    scratch: Path | None = None
+    try:
+        for parent in reversed([target.parent, *target.parent.parents]):
+            if not parent.exists():
+                parent.mkdir()
+                made.append(parent)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        os.chmod(scratch, 0o777 & ~_umask())
+        yield scratch
+        _replace(scratch, target)
+        scratch, made = None, []
+    except OSError as error:
+        raise OutputError(_explain(folder, error)) from error
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+        for parent in reversed(made):
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file through a temporary one beside it; raises OutputError."""
+    try:
+        file.absolute().parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.absolute().parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                stream.write(text)
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, file)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
+    except OSError as error:
+        raise OutputError(_explain(file, error)) from error
+
+
+def _replace(scratch: Path, target: Path) -> None:
+    if not target.exists():
+        scratch.rename(target)
+        return
+    # A folder that is not empty cannot be replaced in one step: move it aside, then remove it.
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+    target.rename(old / target.name)
+    try:
+        scratch.rename(target)
+    except OSError:
+        (old / target.name).rename(target)
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _explain(where: Path, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"no space left to write {where} ({error.strerror}); nothing was left behind"
+    return f"{where} cannot be written: {error.strerror or error}; nothing was left behind"

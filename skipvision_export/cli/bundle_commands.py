@@ -1,0 +1,186 @@
+"""Commands on a bundle: validate, bench, generate, evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from skipvision_export.bundle import MANIFEST
+from skipvision_export.cli.common import (
+    BundleArgument,
+    JsonOption,
+    Progress,
+    RevisionOption,
+    ThreadsOption,
+    finish,
+    si,
+)
+from skipvision_export.errors import BundleError, CheckFailed, InputError
+
+DataOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Imagefolder: metadata.jsonl with file_name, question, answer."),
+]
+NewTokens = Annotated[int, typer.Option(min=1, help="Where an answer is cut.")]
+
+
+def validate(
+    bundle: BundleArgument,
+    model: Annotated[str, typer.Option(metavar="MODEL", help="What it was exported from.")],
+    data: DataOption = None,
+    samples: Annotated[int, typer.Option(min=1, help="Prompts to compare.")] = 8,
+    max_new_tokens: NewTokens = 16,
+    revision: RevisionOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Prove BUNDLE equal to PyTorch: the export, rewrite, backend and method gaps, layer by layer.
+
+    Greedy tokens must be equal and logits, keys and values within the type's limit; the method gap
+    (what skipping itself changes) is reported only. Without --data the pictures are random blocks.
+    Exit 1 if a gap is over its limit.
+    """
+    from skipvision_export.benchmark.parity import measure_gaps, prompts_from, synthetic_prompts
+    from skipvision_export.exporter import source_hash
+    from skipvision_export.models.loading import resolve_model
+    from skipvision_export.runtime.data import load_imagefolder
+    from skipvision_export.runtime.pipeline import Bundle
+    from skipvision_export.runtime.torch_reference import TorchReference
+
+    progress = Progress()
+    loaded = Bundle.load(bundle)
+    source = resolve_model(model, revision)
+    if source_hash(source) != loaded.manifest.source.sha256:
+        raise BundleError(
+            f"{bundle} was exported from another model than {model} (their weights or configurations "
+            "differ); give the model it came from, or export again"
+        )
+    progress("loading weights")
+    reference = TorchReference(source)
+    if data is not None:
+        prompts = prompts_from(load_imagefolder(data, samples))
+    else:
+        vision = source.family.vision_dims(source.config)
+        prompts = synthetic_prompts(samples, vision.image_size)
+    report = measure_gaps(loaded, reference, prompts, max_new_tokens=max_new_tokens, progress=progress)
+    progress("")
+    for name, gap in report.gaps.items():
+        worst = gap.overall
+        limit = "reported" if gap.limit is None else f"limit {gap.limit:.0e}"
+        print(
+            f"{name:<8} {'ok' if gap.passed else 'FAILED':<7} max_abs {worst.max_abs:.2e} ({limit})  "
+            f"cosine {worst.cosine:.8f}  sqnr {worst.sqnr_db:.1f} dB  "
+            f"greedy tokens equal {gap.greedy_match:.1%} of {gap.n}"
+        )
+    finish(report.to_json(), json)
+    failed = [name for name, gap in report.gaps.items() if not gap.passed]
+    if failed:
+        raise CheckFailed(f"{bundle} is not equal to {model}: over the limit: {', '.join(failed)}")
+
+
+def bench(
+    bundle: BundleArgument,
+    against: Annotated[
+        Path | None, typer.Option(metavar="BUNDLE", help="A second bundle, such as a dense one.")
+    ] = None,
+    text_tokens: Annotated[int, typer.Option(min=4, help="Text tokens of the prompt.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 15,
+    threads: ThreadsOption = 0,
+    json: JsonOption = None,
+) -> None:
+    """Time BUNDLE: prefill, time per token, memory; with --against, interleaved, as ratios.
+
+    Ratios are the other bundle over this one: 1.5 means this one is 1.5 times faster or smaller.
+    """
+    from skipvision_export.benchmark.timing import BenchSettings
+    from skipvision_export.benchmark.timing import bench as run_bench
+    from skipvision_export.runtime.pipeline import Bundle
+
+    folders = [bundle] if against is None else [bundle, against]
+    bundles = [Bundle.load(folder, threads=threads) for folder in folders]
+    settings = BenchSettings(text_tokens, new_tokens, rounds, threads=threads)
+    progress = Progress()
+    result = run_bench(bundles, settings, progress)
+    progress("")
+    for run in result["runs"]:
+        print(bench_line(run))
+    for name, ratio in result["ratios"].items():
+        spread = result["ratio_spread"].get(name)
+        tail = f"  [{spread[0]:.2f}, {spread[1]:.2f}]" if spread else ""
+        print(f"{name:<12} {ratio:.2f} x{tail}")
+    finish(result, json)
+
+
+def bench_line(run: dict[str, Any]) -> str:
+    """One bundle's numbers in a line."""
+    low, high = run["prefill_ms_spread"]
+    return (
+        f"{run['bundle']} ({run['preset']}, {run['backend']}, {run['dtype']}): prefill "
+        f"{run['prefill_ms']:.1f} ms [{low:.1f}, {high:.1f}], {run['decode_ms_per_token']:.2f} ms a "
+        f"token, peak {run['peak_rss_mb']:.0f} MB, K/V {si(run['kv_bytes'], 'B')}, "
+        f"{si(run['flops'], 'FLOP')}"
+    )
+
+
+def generate(
+    bundle: BundleArgument,
+    prompt: Annotated[str, typer.Option(help="A question, or a whole prompt with its placeholder.")],
+    image: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="The picture; exactly one.")
+    ] = None,
+    max_new_tokens: NewTokens = 64,
+    threads: ThreadsOption = 0,
+    json: JsonOption = None,
+) -> None:
+    """Answer a question about a picture, greedily.
+
+    Example: skipvision generate bundle --image photo.png --prompt "What is in the picture?"
+    """
+    from skipvision_export.runtime.pipeline import Bundle
+
+    images = image or []
+    if len(images) != 1:
+        raise InputError(f"got {len(images)} pictures, expected exactly one: --image FILE")
+    answer = Bundle.load(bundle, threads=threads).generate(images[0], prompt, max_new_tokens)
+    print(answer.text)
+    finish(answer.to_json(), json)
+
+
+def evaluate(
+    bundle_or_model: Annotated[
+        str, typer.Argument(metavar="BUNDLE_OR_MODEL", help="A bundle, or a Hugging Face model.")
+    ],
+    data: Annotated[Path, typer.Option(metavar="DIR", help="Imagefolder with metadata.jsonl.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N questions.")] = None,
+    shuffle_images: Annotated[
+        bool,
+        typer.Option("--shuffle-images", help="Give each question another picture: the floor."),
+    ] = False,
+    max_new_tokens: NewTokens = 32,
+    json: JsonOption = None,
+) -> None:
+    """Task accuracy: exact match of greedy answers on question-answer data."""
+    from skipvision_export.benchmark import accuracy
+    from skipvision_export.models.loading import resolve_model
+    from skipvision_export.runtime.data import load_imagefolder
+    from skipvision_export.runtime.pipeline import Bundle
+    from skipvision_export.runtime.torch_reference import TorchReference
+
+    samples = load_imagefolder(data, limit)
+    if shuffle_images:
+        samples = accuracy.shuffled(samples)
+    answer: accuracy.Answerer
+    if (Path(bundle_or_model) / MANIFEST).is_file():
+        answer = accuracy.BundleAnswerer(Bundle.load(bundle_or_model), max_new_tokens)
+    else:
+        reference = TorchReference(resolve_model(bundle_or_model))
+        answer = accuracy.TorchAnswerer(reference, max_new_tokens)
+    progress = Progress()
+    result = accuracy.evaluate(answer, samples, progress)
+    progress("")
+    print(f"accuracy {result.accuracy:.1%} of {result.n}")
+    for kind, share in result.by_type.items():
+        print(f"  {kind:<10} {share:.1%}")
+    finish(result.to_json(), json)

@@ -1,0 +1,153 @@
+"""From a Hugging Face model to a bundle: load, trace once, rewrite, write."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skipvision_export.bundle import (
+    MANIFEST,
+    Manifest,
+    ModelInfo,
+    Roles,
+    SourceInfo,
+    atomic_folder,
+    check_output,
+    file_table,
+    sha256_of,
+    write_graphs,
+)
+from skipvision_export.config import SkipVisionConfig
+from skipvision_export.errors import ConfigError
+from skipvision_export.graph.passes import PassContext
+from skipvision_export.graph.passes.names import DECODE, PREFILL
+from skipvision_export.models.loading import ModelSource, load_model, resolve_model
+
+if TYPE_CHECKING:
+    from skipvision_export.graph.trace import Trace
+    from skipvision_export.runtime.pipeline import Bundle
+
+DTYPES = ("float32", "float16", "bfloat16")
+_TOOLS = ("skipvision-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
+# Copied as they are: what a runtime needs to turn a picture and a prompt into tensors and back.
+_COPIED = (
+    "config.json",
+    "generation_config.json",
+    "*token*",
+    "vocab*",
+    "merges.txt",
+    "*processor*",
+    "chat_template*",
+)
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class TracedModel:
+    """A model and its untouched graphs, from which bundles of any configuration are written."""
+
+    source: ModelSource
+    model: Any
+    trace: Trace
+    dtype: str
+
+    def write(self, out: Path, config: SkipVisionConfig, force: bool = False) -> Bundle:
+        """Rewrite the graphs for `config` and write a bundle; atomic."""
+        from skipvision_export.graph.rewrite import rewrite
+        from skipvision_export.graph.trace import OPSET
+        from skipvision_export.runtime.pipeline import Bundle
+
+        check_output(out, force)
+        family, hf_config = self.source.family, self.source.config
+        dims = family.decoder_dims(hf_config)
+        visual = family.visual_tokens(hf_config)
+        layout = config.layout(visual)
+        context = PassContext(
+            num_layers=dims.num_layers,
+            vision_layers=family.vision_dims(hf_config).num_layers,
+            visual_tokens=visual,
+            retained=layout.count("retained"),
+        )
+        graphs = rewrite(self.trace, context).graphs
+        with atomic_folder(out, force) as folder:
+            infos = write_graphs(graphs, folder, (PREFILL, DECODE), "decoder.onnx_data")
+            for pattern in _COPIED:
+                for file in self.source.folder.glob(pattern):
+                    if file.is_file():
+                        shutil.copyfile(file, folder / file.name)
+            manifest = Manifest(
+                source=SourceInfo(
+                    name=self.source.name,
+                    family=family.name,
+                    architecture=type(self.model).__name__,
+                    sha256=source_hash(self.source),
+                ),
+                preset=config.name,
+                config=config.to_json(),
+                roles=Roles(
+                    retained=layout.count("retained"),
+                    skipped=layout.count("skipped"),
+                    layout=list(layout.runs),
+                ),
+                model=ModelInfo(
+                    **asdict(dims),
+                    visual_tokens=visual,
+                    image_token_id=family.image_token_id(hf_config),
+                ),
+                dtype=self.dtype,
+                opset=OPSET,
+                graphs=infos,
+                tools={tool: version(tool) for tool in _TOOLS},
+                files=file_table(folder),
+            )
+            text = manifest.model_dump_json(indent=1)
+            (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        return Bundle(out, manifest)
+
+
+def trace_model(
+    source: ModelSource, dtype: str = "float32", progress: Progress = lambda _: None
+) -> TracedModel:
+    """Load the weights and trace the unpatched model, once for any number of bundles."""
+    from skipvision_export.graph.trace import trace
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    progress("loading weights")
+    model = load_model(source, dtype)
+    steps = trace(model, source.family, lambda graph: progress(f"tracing {graph}"))
+    return TracedModel(source, model, steps, dtype)
+
+
+def export(
+    model: str | Path,
+    out: str | Path,
+    config: SkipVisionConfig,
+    *,
+    dtype: str = "float32",
+    force: bool = False,
+    revision: str | None = None,
+    progress: Progress = lambda _: None,
+) -> Bundle:
+    """Export a Hugging Face VLM (a folder or a Hub id) to a bundle at `out`.
+
+    What can be refused without the weights is refused before they load. Raises ModelError,
+    ConfigError, OutputError and PassError.
+    """
+    out = Path(out)
+    check_output(out, force)
+    source = resolve_model(model, revision)
+    config.layout(source.family.visual_tokens(source.config))
+    traced = trace_model(source, dtype, progress)
+    progress("rewriting and writing")
+    return traced.write(out, config, force)
+
+
+def source_hash(source: ModelSource) -> str:
+    """sha256 over config.json and the weights."""
+    return sha256_of(source.folder / "config.json", *sorted(source.folder.glob("*.safetensors")))

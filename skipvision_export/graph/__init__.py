@@ -1,0 +1,1 @@
+"""From PyTorch to ONNX graphs: trace, passes, rewrite."""

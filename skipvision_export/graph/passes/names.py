@@ -1,0 +1,20 @@
+"""Names of graphs and tensors, those of onnxruntime-genai and transformers.js."""
+
+from __future__ import annotations
+
+VISION = "vision_encoder"
+EMBED = "embed_tokens"
+PREFILL = "decoder_prefill"
+DECODE = "decoder_decode"
+
+FFN_INDEX = "ffn_index"
+KV_KEEP_INDEX = "kv_keep_index"
+
+# The project's operator domain and its version.
+DOMAIN = "skipvision"
+DOMAIN_VERSION = 1
+
+
+def present_names(prefix: str, layers: int) -> list[str]:
+    """`prefix.0.key`, `prefix.0.value`, `prefix.1.key`, ..."""
+    return [f"{prefix}.{i}.{kind}" for i in range(layers) for kind in ("key", "value")]

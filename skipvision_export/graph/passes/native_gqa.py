@@ -1,0 +1,45 @@
+"""Let Attention share key and value heads itself."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+
+class NativeGQAPass(ir.passes.InPlacePass):
+    """Take K and V of grouped-query attention as they are, without repeating their heads.
+
+        before   Attention(q, Reshape(Expand(Unsqueeze(k, 2))), Reshape(Expand(Unsqueeze(v, 2))))
+        after    Attention(q, k, v)
+
+    Bit-identical (ONNX Attention: query head h reads key/value head h // group), and decode no
+    longer copies the cache. Both K and V must match, else the node is left alone.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite in place; the repeats are left for dead-code removal."""
+        modified = False
+        for node in model.graph:
+            if node.op_type != "Attention":
+                continue
+            sources = [_repeated(node.inputs[i]) for i in (1, 2)]
+            if any(source is None for source in sources):
+                continue
+            for i, source in zip((1, 2), sources, strict=True):
+                node.replace_input_with(i, source)
+            modified = True
+        return ir.passes.PassResult(model, modified=modified)
+
+
+def _repeated(value: ir.Value | None) -> ir.Value | None:
+    """The [B, Hkv, S, Dh] value that was repeated along a new axis 2 and flattened, if it was."""
+    for kind in ("Reshape", "Expand", "Unsqueeze"):
+        producer = value.producer() if value is not None else None
+        if producer is None or producer.op_type != kind:
+            return None
+        value = producer.inputs[0]
+        if kind == "Unsqueeze":
+            assert producer.inputs[1] is not None
+            axes = ir.convenience.get_const_tensor(producer.inputs[1])
+            if axes is None or axes.numpy().reshape(-1).tolist() != [2]:
+                return None
+    return value

@@ -1,0 +1,81 @@
+"""Finding residual branches in a decoder graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+
+@dataclass(frozen=True)
+class Branch:
+    """`add = trunk + branch(trunk)`: a region whose only non-constant input is `trunk`."""
+
+    add: ir.Node
+    trunk: ir.Value
+    nodes: tuple[ir.Node, ...]
+
+    @property
+    def scope(self) -> str:
+        """Module path that the tracer left on the branch, such as `decoder.layers.3.mlp`."""
+        for node in self.nodes:
+            if node.op_type == "MatMul" and node.metadata_props.get("name_scopes"):
+                return module_path(node)
+        return self.add.name or "an unnamed node"
+
+
+def module_path(node: ir.Node) -> str:
+    """The innermost module of a node's `name_scopes` metadata, or its own name."""
+    scopes = node.metadata_props.get("name_scopes", "")
+    names = [name for name in scopes.strip("[]").replace("'", "").split(", ") if name]
+    return names[-2] if len(names) > 1 else (names[-1] if names else str(node.name))
+
+
+def is_constant(value: ir.Value) -> bool:
+    """An initializer that is no graph input, or the output of a Constant node."""
+    if value.is_initializer():
+        return not value.is_graph_input()
+    producer = value.producer()
+    return producer is not None and producer.op_type == "Constant"
+
+
+def residual_branches(graph: ir.Graph) -> list[Branch]:
+    """Every Add of a trunk and a region that depends on that trunk alone, in graph order.
+
+    Attention branches also take the mask and the positions, so they are not among them.
+    """
+    order = {node: i for i, node in enumerate(graph)}
+    found = []
+    for node in graph:
+        if node.op_type != "Add" or any(v is None or is_constant(v) for v in node.inputs):
+            continue
+        first, second = node.inputs
+        for trunk, end in ((first, second), (second, first)):
+            assert trunk is not None and end is not None
+            region = _region(end, trunk)
+            if region:
+                nodes = tuple(sorted(region, key=order.__getitem__))
+                found.append(Branch(node, trunk, nodes))
+                break
+    return found
+
+
+def _region(end: ir.Value, trunk: ir.Value) -> set[ir.Node] | None:
+    """Nodes between `trunk` and `end`; None if something else flows in, or trunk is not reached."""
+    region: set[ir.Node] = set()
+    reached = False
+    stack = [end]
+    while stack:
+        value = stack.pop()
+        if value is trunk:
+            reached = True
+            continue
+        if is_constant(value):
+            continue
+        producer = value.producer()
+        if producer is None:
+            return None
+        if producer not in region:
+            region.add(producer)
+            stack.extend(v for v in producer.inputs if v is not None)
+    return region if reached else None

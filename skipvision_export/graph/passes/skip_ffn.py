@@ -1,0 +1,161 @@
+"""Skip-FFN: let only the rows of `ffn_index` go through each decoder FFN."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir import tape
+
+from skipvision_export.errors import PassError
+from skipvision_export.graph.passes.names import FFN_INDEX
+from skipvision_export.graph.passes.regions import Branch, is_constant, residual_branches
+from skipvision_export.graph.passes.rowwise import RANK, prove_rowwise
+
+
+class SkipFFNPass(ir.passes.InPlacePass):
+    """Split every decoder FFN into a path for the rows of `ffn_index` and a bypass.
+
+    With X [B, S, D] the residual stream before an FFN and R its region (norm and MLP):
+
+        before   Y = X + R(X)
+        after    rows = Gather(Reshape(X, [B*S, D]), ffn_index)            [1, M, D]
+                 Y = Reshape(ScatterND(X, ffn_index, rows + R(rows)))      [B, S, D]
+
+    Cases:
+    1. A residual branch that depends on X alone and multiplies by a constant matrix is an FFN; it
+       is proved to act row by row (see `rowwise`), then split.
+    2. An FFN with an operator that mixes tokens, or that no rule covers: PassError names the node.
+    3. A branch that also takes the mask, positions or a cache is attention: left alone.
+    4. No FFN, or another number than the model has layers: PassError.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        """num_layers: decoder layers, each of which must have one FFN."""
+        super().__init__()
+        self.num_layers = num_layers
+        self.count = 0
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite the prefill graph in place."""
+        graph = model.graph
+        ffns = find_ffns(graph)
+        if not ffns:
+            raise PassError(
+                "no FFN found in the decoder: no residual branch of the graph depends on the residual "
+                "stream alone and holds a MatMul with constant weights"
+            )
+        if len(ffns) != self.num_layers:
+            raise PassError(
+                f"found {len(ffns)} FFNs in a decoder of {self.num_layers} layers: "
+                f"{', '.join(ffn.scope for ffn in ffns)}"
+            )
+        embeds = next(v for v in graph.inputs if v.name == "inputs_embeds")
+        for ffn in ffns:
+            _check_trunk(ffn, embeds)
+            prove_rowwise(ffn.nodes, ffn.trunk, f"the FFN {ffn.scope}")
+            _check_closed(ffn, graph)
+        index = ir.Value(
+            name=FFN_INDEX,
+            type=ir.TensorType(ir.DataType.INT64),
+            shape=ir.Shape(["ffn_tokens"]),
+        )
+        graph.inputs.append(index)
+        column = _unsqueeze_once(graph, index)
+        for ffn in ffns:
+            _split(graph, ffn, index, column)
+        self.count = len(ffns)
+        return ir.passes.PassResult(model, modified=True)
+
+
+def find_ffns(graph: ir.Graph) -> list[Branch]:
+    """Residual branches with at least one MatMul or Gemm by constant weights."""
+
+    def has_weights(node: ir.Node) -> bool:
+        return node.op_type in ("MatMul", "Gemm") and any(
+            v is not None and is_constant(v) for v in node.inputs
+        )
+
+    return [b for b in residual_branches(graph) if any(map(has_weights, b.nodes))]
+
+
+def _check_trunk(ffn: Branch, embeds: ir.Value) -> None:
+    """The row gather flattens [B, S, D]; the residual stream must have that shape."""
+    shape, want = ffn.trunk.shape, embeds.shape
+    if shape is None or want is None or len(shape) != RANK or list(shape) != list(want):
+        raise PassError(
+            f"the FFN {ffn.scope} cannot be split: its input {ffn.trunk.name} has shape {shape}, not "
+            f"[batch, sequence, features] of inputs_embeds ({want})"
+        )
+
+
+def _check_closed(ffn: Branch, graph: ir.Graph) -> None:
+    """Nothing outside may read a value inside the region: it will have M rows, not B*S."""
+    inside = {*ffn.nodes, ffn.add}
+    for node in ffn.nodes:
+        for value in node.outputs:
+            readers = {use.node for use in value.uses()}
+            if not readers <= inside or value in graph.outputs:
+                raise PassError(
+                    f"the FFN {ffn.scope} cannot be split: {value.name} of node {node.name} "
+                    f"({node.op_type}) is also read outside of it"
+                )
+
+
+def _unsqueeze_once(graph: ir.Graph, index: ir.Value) -> ir.Value:
+    """[M] -> [M, 1], the index format of ScatterND, shared by all layers."""
+    builder = tape.Tape(graph)
+    axes = _ints(graph, "skip_ffn.one", [1])
+    column = builder.op("Unsqueeze", [index, axes])
+    column.name = f"{FFN_INDEX}.column"
+    for node in builder.nodes:
+        graph.remove(node)
+        graph.insert_before(graph[0], node)
+    return column
+
+
+def _split(graph: ir.Graph, ffn: Branch, index: ir.Value, column: ir.Value) -> None:
+    trunk, add = ffn.trunk, ffn.add
+    assert trunk.shape is not None
+    width = trunk.shape[2]
+    assert isinstance(width, int)  # by _check_trunk
+    flat_shape = _ints(graph, f"skip_ffn.flat_{width}", [-1, width])
+    zero = _ints(graph, "skip_ffn.zero", [0])
+    scope = {"name_scopes": ffn.nodes[0].metadata_props.get("name_scopes", "")}
+
+    before = tape.Tape()
+    flat = before.op("Reshape", [trunk, flat_shape])
+    picked = before.op("Gather", [flat, index], {"axis": 0})
+    rows = before.op("Unsqueeze", [picked, zero])
+    shape = before.op("Shape", [trunk])
+    for node in before.nodes:
+        node.metadata_props.update(scope)
+    graph.insert_before(ffn.nodes[0], before.nodes)
+
+    for node in (*ffn.nodes, add):
+        for i, value in enumerate(node.inputs):
+            if value is trunk:
+                node.replace_input_with(i, rows)
+
+    out = add.outputs[0]
+    after = tape.Tape()
+    updated = after.op("Squeeze", [out, zero])
+    scattered = after.op("ScatterND", [flat, column, updated])
+    whole = after.op("Reshape", [scattered, shape])
+    for node in after.nodes:
+        node.metadata_props.update(scope)
+    if out in graph.outputs:
+        whole.name, whole.shape, whole.type = out.name, out.shape, out.type
+        out.name = f"{out.name}.rows"
+    ir.convenience.replace_all_uses_with(out, whole, replace_graph_outputs=True)
+    after.nodes[0].replace_input_with(0, out)
+    graph.insert_after(add, after.nodes)
+
+
+def _ints(graph: ir.Graph, name: str, values: list[int]) -> ir.Value:
+    """An int64 initializer, made once."""
+    if name in graph.initializers:
+        return graph.initializers[name]
+    value = ir.Value(name=name, const_value=ir.tensor(np.array(values, np.int64), name=name))
+    value.shape, value.type = ir.Shape([len(values)]), ir.TensorType(ir.DataType.INT64)
+    graph.register_initializer(value)
+    return value

@@ -1,0 +1,95 @@
+"""Flat-tensor views of an unpatched Hugging Face VLM, one for each graph of a bundle.
+
+Shapes: B batch, S new positions, P cached positions, N images, V visual tokens of an image, D
+hidden size, L layers, H key/value heads, Dh head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipvision_export.models import ModelFamily
+
+
+class VisionEncoder(nn.Module):
+    """pixel_values [N, 3, height, width] -> image_features [N, V, D] in raster order."""
+
+    def __init__(self, model: nn.Module, family: ModelFamily) -> None:
+        """Keep the parts that the picture goes through."""
+        super().__init__()
+        config: Any = model.config
+        self.tower = family.vision_tower(model)
+        self.projector = family.projector(model)
+        self.layer = config.vision_feature_layer
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Hidden states of the feature layer, CLS dropped, projected."""
+        hidden = self.tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
+        return self.projector(hidden[self.layer][:, 1:])  # type: ignore[no-any-return]
+
+
+class EmbedTokens(nn.Module):
+    """input_ids [B, S], image_features [N, V, D] -> inputs_embeds [B, S, D].
+
+    The i-th placeholder of the batch takes the i-th feature row. N may be 0: then there is nothing
+    to take, and decode uses the same graph.
+    """
+
+    def __init__(self, model: nn.Module, image_token: int) -> None:
+        """Share the embedding table."""
+        super().__init__()
+        self.embed: Any = model.get_input_embeddings()  # type: ignore[operator]
+        self.image_token = image_token
+
+    def forward(self, input_ids: Tensor, image_features: Tensor) -> Tensor:
+        """Gather by running count; a row of zeros behind the features makes N = 0 safe."""
+        embeds = self.embed(input_ids)
+        rows = image_features.flatten(0, 1)
+        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[-1])])
+        is_image = input_ids == self.image_token
+        index = is_image.flatten().to(torch.int64).cumsum(0) - 1
+        index = torch.where(is_image.flatten(), index, rows.shape[0] - 1)
+        features = rows[index].unflatten(0, (input_ids.shape[0], input_ids.shape[1]))
+        return torch.where(is_image.unsqueeze(-1), features, embeds)
+
+
+class Decoder(nn.Module):
+    """One pass of the text decoder over S new positions with P cached ones.
+
+    inputs_embeds [B, S, D], attention_mask [B, P+S] int64, position_ids [B, S] int64, then past
+    keys and values [B, H, P, Dh] of each layer in turn (none in prefill) -> logits [B, 1, vocab]
+    of the last position, then keys and values [B, H, P+S, Dh] of each layer in turn.
+    """
+
+    def __init__(self, model: nn.Module, family: ModelFamily) -> None:
+        """Keep the decoder and its head."""
+        super().__init__()
+        self.decoder = family.language_model(model)
+        self.head: Any = model.get_output_embeddings()  # type: ignore[operator]
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """Through a DynamicCache built here: passing one in cannot be exported."""
+        from transformers import DynamicCache
+
+        cache: Any = DynamicCache()
+        for layer in range(len(past) // 2):
+            cache.update(past[2 * layer], past[2 * layer + 1], layer)
+        out = self.decoder(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits = self.head(out.last_hidden_state[:, -1:])
+        present = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+        return (logits, *present)

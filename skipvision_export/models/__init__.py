@@ -1,0 +1,12 @@
+"""Model families, registered by importing their file here."""
+
+from skipvision_export.models import llava as llava
+from skipvision_export.models.registry import (
+    DecoderDims,
+    ModelFamily,
+    VisionDims,
+    family_of,
+    supported_architectures,
+)
+
+__all__ = ["DecoderDims", "ModelFamily", "VisionDims", "family_of", "supported_architectures"]

@@ -1,0 +1,132 @@
+"""Loading a Hugging Face folder or Hub id, with the checks that a user's mistake needs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skipvision_export.errors import ModelError
+from skipvision_export.models.registry import ModelFamily, family_of
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model folder on this machine, its parsed configuration and its family.
+
+    `name` is what the user typed, without any folder of this machine in front of it.
+    """
+
+    folder: Path
+    name: str
+    config: Any
+    family: ModelFamily
+
+
+def resolve_model(model: str | Path, revision: str | None = None) -> ModelSource:
+    """Find MODEL (a folder or a Hub id) and read its configuration; no weights are loaded.
+
+    Raises ModelError for a folder that is no model and for an unsupported architecture.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        # A Hub id is NAME or OWNER/NAME: anything else was meant as a folder.
+        if folder.is_absolute() or len(folder.parts) > 2 or str(model).startswith("."):
+            raise ModelError(f"{model} does not exist; expected a folder with a Hugging Face model")
+        folder = _download(str(model), revision)
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ModelError(f"{model} is no model: it has no config.json")
+    try:
+        raw = json.loads(config_file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{config_file} is no readable JSON: {error}") from None
+    family = family_of(raw.get("architectures"), str(config_file))
+
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers raises many kinds on a broken configuration
+        raise ModelError(f"{config_file} cannot be used: {_first_line(error)}") from None
+    family.check(config)
+    return ModelSource(folder, folder.resolve().name if folder == Path(model) else str(model), config, family)
+
+
+def load_model(source: ModelSource, dtype: str = "float32") -> Any:
+    """The model in evaluation mode on the CPU, weights checked to be finite.
+
+    Raises ModelError for missing, truncated or non-finite weights.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    if not any(source.folder.glob("*.safetensors")):
+        raise ModelError(f"{source.folder} has no *.safetensors weights")
+    loader: Any = AutoModelForImageTextToText
+    try:
+        with _quiet():
+            model, info = loader.from_pretrained(
+                source.folder, dtype=getattr(torch, dtype), output_loading_info=True
+            )
+    except Exception as error:  # safetensors and transformers raise many kinds on a broken file
+        raise ModelError(f"the weights in {source.folder} cannot be loaded: {_first_line(error)}") from None
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    missing = sorted(key for key in info["missing_keys"] if key not in tied)
+    if missing:
+        raise ModelError(
+            f"the weights in {source.folder} lack {len(missing)} tensors, the first is {missing[0]}"
+        )
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ModelError(
+                f"weight {name} in {source.folder} holds NaN or infinity; export would only hide it"
+            )
+    return model.eval()
+
+
+def load_processor(folder: Path) -> Any:
+    """Image processor and tokenizer of a model or bundle folder; raises ModelError."""
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(folder)
+    except Exception as error:  # transformers raises many kinds on a broken processor
+        raise ModelError(f"the processor in {folder} cannot be loaded: {_first_line(error)}") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and warnings of transformers while it loads."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision))
+    except Exception as error:  # network, name and permission errors all mean the same here
+        raise ModelError(
+            f"{model} is neither a folder nor a model that the Hugging Face Hub gives ({_first_line(error)})"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,118 @@
+"""Model families: facts about where things stand in a Hugging Face model, no logic.
+
+A new family is one file in this folder with one decorated class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from skipvision_export.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class DecoderDims:
+    """Sizes of the text decoder that FLOPs and K/V bytes follow from."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class VisionDims:
+    """Sizes of the vision tower and projector; only layers whose output is used are counted."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    image_size: int
+    patch_size: int
+    projector_hidden: int
+    feature_layer: int
+    has_cls: bool
+
+
+class ModelFamily:
+    """What the exporter and the reference have to know about one architecture."""
+
+    name: ClassVar[str]
+    architectures: ClassVar[tuple[str, ...]]
+
+    def check(self, config: Any) -> None:
+        """Raise ModelError where a configuration of this family is not supported, with why."""
+
+    def image_token_id(self, config: Any) -> int:
+        """Id of the placeholder token in `input_ids`."""
+        raise NotImplementedError
+
+    def visual_tokens(self, config: Any) -> int:
+        """Visual tokens for each image, before any is merged."""
+        raise NotImplementedError
+
+    def decoder_dims(self, config: Any) -> DecoderDims:
+        """Sizes of the text decoder."""
+        raise NotImplementedError
+
+    def vision_dims(self, config: Any) -> VisionDims:
+        """Sizes of the vision tower."""
+        raise NotImplementedError
+
+    def vision_tower(self, model: nn.Module) -> nn.Module:
+        """The module that turns pixels into hidden states."""
+        raise NotImplementedError
+
+    def projector(self, model: nn.Module) -> nn.Module:
+        """The module that turns vision features into the decoder's width."""
+        raise NotImplementedError
+
+    def vision_layers(self, model: nn.Module) -> nn.ModuleList:
+        """The vision tower's layers, each with `self_attn.{q_proj,k_proj}`."""
+        raise NotImplementedError
+
+    def language_model(self, model: nn.Module) -> nn.Module:
+        """The decoder without its head, called with inputs_embeds."""
+        raise NotImplementedError
+
+    def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
+        """The decoder's layers."""
+        raise NotImplementedError
+
+    def ffn(self, layer: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """(norm, MLP) of one decoder layer: the region that skipped tokens pass by."""
+        raise NotImplementedError
+
+
+_FAMILIES: dict[str, ModelFamily] = {}
+
+
+def register(cls: type[ModelFamily]) -> type[ModelFamily]:
+    """Class decorator: make a family known under each of its architectures."""
+    family = cls()
+    for architecture in cls.architectures:
+        _FAMILIES[architecture] = family
+    return cls
+
+
+def supported_architectures() -> list[str]:
+    """Names as they stand in `config.json`."""
+    return sorted(_FAMILIES)
+
+
+def family_of(architectures: list[str] | None, where: str) -> ModelFamily:
+    """The family of a `config.json`'s `architectures`; raises ModelError with those supported."""
+    for architecture in architectures or []:
+        if architecture in _FAMILIES:
+            return _FAMILIES[architecture]
+    found = ", ".join(architectures or []) or "no architecture at all"
+    raise ModelError(
+        f"{where} names {found}, which is not supported; supported: {', '.join(supported_architectures())}"
+    )

@@ -1,0 +1,1 @@
+"""Running bundles and models: backends, the generation loop, prompts, data."""

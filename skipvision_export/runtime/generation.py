@@ -1,0 +1,173 @@
+"""The generation loop over a bundle's graphs: one prefill, then decode on the pruned cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from skipvision_export.bundle import Manifest
+from skipvision_export.config import TokenLayout
+from skipvision_export.graph.passes.names import (
+    DECODE,
+    EMBED,
+    FFN_INDEX,
+    KV_KEEP_INDEX,
+    PREFILL,
+    VISION,
+    present_names,
+)
+
+Ints = npt.NDArray[np.int64]
+Choose = Callable[[npt.NDArray[np.float32]], int]
+
+
+class Backend(Protocol):
+    """What runs the graphs: named arrays in, named tensors out, of a kind that run() takes again."""
+
+    name: str
+
+    def run(self, graph: str, feeds: dict[str, Any]) -> dict[str, Any]:
+        """Run one graph."""
+
+    def numpy(self, value: Any) -> npt.NDArray[Any]:
+        """A tensor on the host."""
+
+    def shape(self, value: Any) -> list[int]:
+        """Sizes of a tensor."""
+
+
+@dataclass
+class Transcript:
+    """What one generation did.
+
+    token_ids: generated ids, the end token included; logits: one [vocab] float32 row for each of
+    them, where asked for; kv: [K or V of each layer in turn], [H, K, Dh] right after prefill, where
+    asked for.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    logits: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    kv: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    prompt_tokens: int = 0
+    kv_tokens_after_prefill: int = 0
+    vision_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: list[float] = field(default_factory=list)
+
+    @property
+    def ttft_ms(self) -> float:
+        """Time to the first token: vision encoder, embeddings and prefill."""
+        return self.vision_ms + self.prefill_ms
+
+    @property
+    def decode_ms_per_token(self) -> float:
+        """Median over decode steps; 0 where there was none."""
+        return float(np.median(self.decode_ms)) if self.decode_ms else 0.0
+
+
+def prefill_indices(input_ids: Ints, image_token: int, layout: TokenLayout) -> tuple[Ints, Ints]:
+    """Rows that go through the FFN and positions whose K/V stay.
+
+    input_ids: [1, S] with `layout.total` placeholders for each image -> ffn_index [M] and
+    kv_keep_index [1, K], both ascending.
+    """
+    ids = input_ids[0]
+    skipped = np.zeros(ids.shape, bool)
+    places = np.flatnonzero(ids == image_token)
+    if places.size:
+        skipped[places] = np.resize(layout.skipped_mask(), places.size)
+    kept = np.flatnonzero(~skipped).astype(np.int64)
+    return kept, kept[None, :]
+
+
+class Generator:
+    """Runs prompts of one image through a backend."""
+
+    def __init__(self, backend: Backend, manifest: Manifest, layout: TokenLayout | None = None):
+        """layout: another one than the bundle's, such as all rows kept, for comparisons."""
+        self.backend = backend
+        self.manifest = manifest
+        self.layout = layout or manifest.layout
+        self.image_token = manifest.model.image_token_id
+        self._present = present_names("present", manifest.model.num_layers)
+        self._past = present_names("past_key_values", manifest.model.num_layers)
+
+    def encode(self, pixel_values: npt.NDArray[np.float32]) -> Any:
+        """pixel_values [1, 3, h, w] -> image_features [1, V, D] in layout order."""
+        return self.backend.run(VISION, {"pixel_values": pixel_values})["image_features"]
+
+    def embed(self, input_ids: Ints, features: Any = None) -> Any:
+        """input_ids [1, S] -> inputs_embeds [1, S, D]; features only where the ids hold an image."""
+        if features is None:
+            model = self.manifest.model
+            features = np.zeros((0, model.visual_tokens, model.hidden_size), np.float32)
+        feeds = {"input_ids": input_ids, "image_features": features}
+        return self.backend.run(EMBED, feeds)["inputs_embeds"]
+
+    def prefill(self, input_ids: Ints, features: Any) -> dict[str, Any]:
+        """The outputs of decoder_prefill for a prompt [1, S]."""
+        ffn_index, keep = prefill_indices(input_ids, self.image_token, self.layout)
+        length = input_ids.shape[1]
+        feeds = {
+            "inputs_embeds": self.embed(input_ids, features),
+            "attention_mask": np.ones((1, length), np.int64),
+            "position_ids": np.arange(length, dtype=np.int64)[None],
+            FFN_INDEX: ffn_index,
+            KV_KEEP_INDEX: keep,
+        }
+        return self.backend.run(PREFILL, feeds)
+
+    def decode(self, token: int, position: int, past: dict[str, Any]) -> dict[str, Any]:
+        """One step on a cache of any length; `position` counts the whole original sequence."""
+        cached = self.backend.shape(past[self._present[0]])[2]
+        feeds = {
+            "inputs_embeds": self.embed(np.array([[token]], np.int64)),
+            "attention_mask": np.ones((1, cached + 1), np.int64),
+            "position_ids": np.array([[position]], np.int64),
+        }
+        feeds |= {name: past[source] for name, source in zip(self._past, self._present, strict=True)}
+        return self.backend.run(DECODE, feeds)
+
+    def generate(
+        self,
+        input_ids: Ints,
+        pixel_values: npt.NDArray[np.float32] | None,
+        *,
+        max_new_tokens: int,
+        eos: Sequence[int] = (),
+        choose: Choose = lambda logits: int(logits.argmax()),
+        features: Any = None,
+        keep_logits: bool = False,
+        keep_kv: bool = False,
+    ) -> Transcript:
+        """Generate until an end token or `max_new_tokens`; give pixel_values or features."""
+        done = Transcript(prompt_tokens=input_ids.shape[1])
+        start = time.perf_counter()
+        if features is None:
+            features = self.encode(pixel_values)  # type: ignore[arg-type]
+        done.vision_ms = (time.perf_counter() - start) * 1e3
+        start = time.perf_counter()
+        out = self.prefill(input_ids, features)
+        done.prefill_ms = (time.perf_counter() - start) * 1e3
+        done.kv_tokens_after_prefill = self.backend.shape(out[self._present[0]])[2]
+        if keep_kv:
+            done.kv = [self.backend.numpy(out[name])[0].copy() for name in self._present]
+        # Decode goes on from the original length, not from the cache's.
+        position = input_ids.shape[1]
+        while True:
+            logits = self.backend.numpy(out["logits"])[0, -1].astype(np.float32)
+            token = choose(logits)
+            done.token_ids.append(token)
+            if keep_logits:
+                done.logits.append(logits)
+            if token in eos or len(done.token_ids) >= max_new_tokens:
+                return done
+            start = time.perf_counter()
+            out = self.decode(token, position, out)
+            done.decode_ms.append((time.perf_counter() - start) * 1e3)
+            position += 1

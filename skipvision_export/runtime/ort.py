@@ -1,0 +1,83 @@
+"""ONNX Runtime sessions of a bundle's graphs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from skipvision_export.bundle import Manifest
+from skipvision_export.bundle.graphs import GraphInfo
+from skipvision_export.errors import BundleError
+
+_NUMPY = {"float": np.float32, "float16": np.float16, "int64": np.int64}
+
+
+class OrtBackend:
+    """The four graphs of a bundle, each loaded when it is first run.
+
+    Tensors stay OrtValues between runs, so that a cache is never copied to numpy and back.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        optimize: bool = True,
+        threads: int = 0,
+        providers: tuple[str, ...] = ("CPUExecutionProvider",),
+    ) -> None:
+        """threads: 0 lets ONNX Runtime choose; optimize=False turns every graph fusion off."""
+        self.folder = folder
+        self.graphs: dict[str, GraphInfo] = manifest.graphs
+        self.providers = providers
+        level = ort.GraphOptimizationLevel
+        self._options = ort.SessionOptions()
+        self._options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+        self._options.intra_op_num_threads = threads
+        self._options.log_severity_level = 3
+        self._sessions: dict[str, ort.InferenceSession] = {}
+
+    def session(self, graph: str) -> ort.InferenceSession:
+        """The session of one graph; raises BundleError where ONNX Runtime refuses the file."""
+        if graph not in self._sessions:
+            file = self.folder / self.graphs[graph].file
+            try:
+                self._sessions[graph] = ort.InferenceSession(
+                    str(file), self._options, providers=list(self.providers)
+                )
+            except Exception as error:  # onnxruntime raises its own kinds, none of them public
+                first = str(error).strip().splitlines()[0]
+                raise BundleError(f"ONNX Runtime cannot load {file}: {first}") from None
+        return self._sessions[graph]
+
+    def run(self, graph: str, feeds: dict[str, Any]) -> dict[str, Any]:
+        """Run one graph on numpy arrays or OrtValues; returns OrtValues by output name."""
+        values = {
+            name: value if isinstance(value, ort.OrtValue) else self._value(graph, name, value)
+            for name, value in feeds.items()
+        }
+        names = [tensor.name for tensor in self.graphs[graph].outputs]
+        return dict(zip(names, self.session(graph).run_with_ort_values(names, values), strict=True))
+
+    def _value(self, graph: str, name: str, array: npt.NDArray[Any]) -> ort.OrtValue:
+        dtype = next(t.dtype for t in self.graphs[graph].inputs if t.name == name)
+        if dtype in _NUMPY:
+            array = np.asarray(array, _NUMPY[dtype])
+        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+    @staticmethod
+    def numpy(value: ort.OrtValue) -> npt.NDArray[Any]:
+        """A tensor on the host."""
+        return np.asarray(value.numpy())
+
+    @staticmethod
+    def shape(value: ort.OrtValue) -> list[int]:
+        """Sizes of a tensor, without copying it."""
+        return list(value.shape())

@@ -1,0 +1,136 @@
+"""A bundle that answers questions."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from skipvision_export.bundle import Manifest
+from skipvision_export.config import SkipVisionConfig
+from skipvision_export.models.loading import load_processor
+from skipvision_export.runtime.generation import Generator, Transcript
+from skipvision_export.runtime.ort import OrtBackend
+from skipvision_export.runtime.prompt import PromptInputs, prepare
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The result of `generate`; times in milliseconds."""
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    retained_tokens: int
+    skipped_tokens: int
+    kv_tokens_after_prefill: int
+    ttft_ms: float
+    decode_ms_per_token: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a JSON object."""
+        return asdict(self)
+
+
+class Bundle:
+    """An exported model in ONNX Runtime.
+
+    >>> Bundle.load("bundle").generate(image="photo.png", prompt="What is this?").text
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, **backend: Any) -> None:
+        """Use `load`; backend: keyword arguments of OrtBackend."""
+        self.folder = folder
+        self.manifest = manifest
+        self._backend_options = backend
+
+    @classmethod
+    def load(cls, folder: str | Path, *, verify: bool = True, **backend: Any) -> Bundle:
+        """Read and check a bundle; raises BundleError that names the file at fault.
+
+        verify=False skips the hashes, which read every byte; backend: arguments of OrtBackend.
+        """
+        folder = Path(folder)
+        manifest = Manifest.load(folder)
+        if verify:
+            manifest.verify(folder)
+        return cls(folder, manifest, **backend)
+
+    @property
+    def config(self) -> SkipVisionConfig:
+        """The configuration it was exported with."""
+        return self.manifest.skip_config
+
+    @cached_property
+    def backend(self) -> OrtBackend:
+        """The sessions."""
+        return OrtBackend(self.folder, self.manifest, **self._backend_options)
+
+    @cached_property
+    def generator(self) -> Generator:
+        """The generation loop on the bundle's own layout."""
+        return Generator(self.backend, self.manifest)
+
+    @cached_property
+    def processor(self) -> Any:
+        """Image processor and tokenizer."""
+        return load_processor(self.folder)
+
+    @cached_property
+    def eos(self) -> tuple[int, ...]:
+        """End tokens: generation_config.json's, else config.json's, else the tokenizer's."""
+        return eos_tokens(self.folder, self.processor)
+
+    def prepare(self, image: str | Path | Image.Image, prompt: str) -> PromptInputs:
+        """Arrays of a picture and a prompt; raises InputError."""
+        return prepare(self.processor, image, prompt, self.manifest.model.visual_tokens)
+
+    def run(self, inputs: PromptInputs, max_new_tokens: int = 64, **options: Any) -> Transcript:
+        """Generate from arrays; options: those of Generator.generate."""
+        return self.generator.generate(
+            inputs.input_ids,
+            inputs.pixel_values,
+            max_new_tokens=max_new_tokens,
+            eos=self.eos,
+            **options,
+        )
+
+    def decode_text(self, token_ids: list[int]) -> str:
+        """Text of generated ids, special tokens left out."""
+        text: str = self.processor.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text.strip()
+
+    def generate(self, image: str | Path | Image.Image, prompt: str, max_new_tokens: int = 64) -> Answer:
+        """Answer a prompt about one picture, greedily.
+
+        Raises InputError for a picture or prompt that cannot be used.
+        """
+        done = self.run(self.prepare(image, prompt), max_new_tokens)
+        roles = self.manifest.roles
+        return Answer(
+            text=self.decode_text(done.token_ids),
+            token_ids=done.token_ids,
+            prompt_tokens=done.prompt_tokens,
+            retained_tokens=roles.retained,
+            skipped_tokens=roles.skipped,
+            kv_tokens_after_prefill=done.kv_tokens_after_prefill,
+            ttft_ms=done.ttft_ms,
+            decode_ms_per_token=done.decode_ms_per_token,
+        )
+
+
+def eos_tokens(folder: Path, processor: Any) -> tuple[int, ...]:
+    """End tokens of a model or bundle folder."""
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name
+        if file.is_file():
+            data = json.loads(file.read_text(encoding="utf-8"))
+            eos = data.get("eos_token_id", data.get("text_config", {}).get("eos_token_id"))
+            if eos is not None:
+                return tuple(eos) if isinstance(eos, list) else (int(eos),)
+    eos = processor.tokenizer.eos_token_id
+    return () if eos is None else (int(eos),)

@@ -1,0 +1,65 @@
+"""From a picture and a prompt to arrays, with the checks that a user's mistake needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from skipvision_export.errors import InputError
+
+
+@dataclass(frozen=True)
+class PromptInputs:
+    """input_ids [1, S] int64 with one placeholder for each visual token; pixel_values [1, 3, h, w]."""
+
+    input_ids: npt.NDArray[np.int64]
+    pixel_values: npt.NDArray[np.float32]
+
+
+def load_image(image: str | Path | Image.Image) -> Image.Image:
+    """Decode a picture fully; raises InputError if it is missing, truncated or no picture."""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    file = Path(image)
+    if not file.is_file():
+        raise InputError(f"picture {file} does not exist")
+    try:
+        with Image.open(file) as picture:
+            return picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"picture {file} is truncated or no picture ({error})") from None
+
+
+def prepare(processor: Any, image: str | Path | Image.Image, prompt: str, visual_tokens: int) -> PromptInputs:
+    """Apply the chat template to a question, or take a prompt that holds the placeholder as it is.
+
+    Raises InputError for a prompt without a place for its picture, or with more than one.
+    """
+    token = processor.image_token
+    if not prompt.strip():
+        raise InputError("the prompt is empty; ask something about the picture")
+    places = prompt.count(token)
+    if places == 0 and processor.chat_template:
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        prompt = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        places = prompt.count(token)
+    if places != 1:
+        raise InputError(
+            f"the prompt has {places} {token} placeholders, expected exactly one for the one picture"
+        )
+    batch = processor(images=load_image(image), text=prompt, return_tensors="np")
+    ids = np.asarray(batch["input_ids"], np.int64)
+    found = int((ids == processor.image_token_id).sum())
+    if found != visual_tokens:
+        raise InputError(
+            f"the processor made {found} visual tokens, the model has {visual_tokens}: its patch_size "
+            "and num_additional_image_tokens do not fit the model"
+        )
+    return PromptInputs(ids, np.asarray(batch["pixel_values"], np.float32))

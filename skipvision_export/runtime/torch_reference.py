@@ -1,0 +1,82 @@
+"""PyTorch as a backend of comparisons: the Hugging Face model itself, dense or patched."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from skipvision_export.config import SkipVisionConfig
+from skipvision_export.method import SkipVisionState, apply_skip_vision
+from skipvision_export.models.loading import ModelSource, load_model, load_processor
+from skipvision_export.runtime.generation import Transcript
+from skipvision_export.runtime.pipeline import eos_tokens
+from skipvision_export.runtime.prompt import PromptInputs, prepare
+
+
+class TorchReference:
+    """`model.generate()`, with every step's logits and the cache right after prefill."""
+
+    def __init__(self, source: ModelSource, model: Any = None) -> None:
+        """model: an already loaded one; else its weights are loaded in float32."""
+        self.source = source
+        self.model = load_model(source) if model is None else model
+        self.processor = load_processor(source.folder)
+        self.visual_tokens = source.family.visual_tokens(source.config)
+        self.eos = eos_tokens(source.folder, self.processor)
+
+    def prepare(self, image: str | Path | Any, prompt: str) -> PromptInputs:
+        """Arrays of a picture and a prompt; raises InputError."""
+        return prepare(self.processor, image, prompt, self.visual_tokens)
+
+    def decode_text(self, token_ids: list[int]) -> str:
+        """Text of generated ids, special tokens left out."""
+        text: str = self.processor.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text.strip()
+
+    @torch.no_grad()
+    def run(
+        self,
+        inputs: PromptInputs,
+        max_new_tokens: int = 64,
+        config: SkipVisionConfig | None = None,
+        keep_kv: bool = False,
+    ) -> tuple[Transcript, SkipVisionState | None]:
+        """Generate greedily, dense or under `apply_skip_vision(config)`.
+
+        Returns the transcript and, where patched, the state that tells the choice of tokens.
+        """
+        ids = torch.from_numpy(inputs.input_ids)
+        context = nullcontext() if config is None else apply_skip_vision(self.model, config)
+        with context as state:
+            out = self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                pixel_values=torch.from_numpy(inputs.pixel_values).to(self.model.dtype),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=list(self.eos) or None,
+                pad_token_id=self.eos[0] if self.eos else 0,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        tokens = out.sequences[0, ids.shape[1] :].tolist()
+        done = Transcript(
+            token_ids=tokens,
+            logits=[step[0].float().numpy() for step in out.logits],
+            prompt_tokens=ids.shape[1],
+        )
+        layers = out.past_key_values.layers
+        # The last token is chosen but never fed, so decode appended one fewer than was generated.
+        kept = layers[0].keys.shape[2] - (len(tokens) - 1)
+        done.kv_tokens_after_prefill = kept
+        if keep_kv:
+            done.kv = [
+                np.asarray(tensor[0, :, :kept].float().numpy())
+                for layer in layers
+                for tensor in (layer.keys, layer.values)
+            ]
+        return done, state

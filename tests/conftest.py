@@ -1,0 +1,64 @@
+"""Models and bundles that many tests share; each is traced once in a session."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tiny import write_tiny
+
+from skipvision_export.config import SkipVisionConfig
+from skipvision_export.exporter import TracedModel, trace_model
+from skipvision_export.models.loading import resolve_model
+from skipvision_export.runtime.pipeline import Bundle
+from skipvision_export.runtime.torch_reference import TorchReference
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny_vlm"
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model as a Hugging Face folder."""
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def traced(tiny_folder: Path) -> TracedModel:
+    """The random model, traced."""
+    return trace_model(resolve_model(tiny_folder))
+
+
+@pytest.fixture(scope="session")
+def bundle_folder(traced: TracedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A skip-75 bundle of the random model; copy it before changing it."""
+    return traced.write(
+        tmp_path_factory.mktemp("bundles") / "skip", SkipVisionConfig.preset("skip-75")
+    ).folder
+
+
+@pytest.fixture(scope="session")
+def dense_folder(traced: TracedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense bundle of the random model."""
+    return traced.write(tmp_path_factory.mktemp("bundles") / "dense", SkipVisionConfig.dense()).folder
+
+
+@pytest.fixture(scope="session")
+def bundle(bundle_folder: Path) -> Bundle:
+    """The skip-75 bundle, loaded."""
+    return Bundle.load(bundle_folder)
+
+
+@pytest.fixture(scope="session")
+def reference(traced: TracedModel) -> TorchReference:
+    """The random model in PyTorch."""
+    return TorchReference(traced.source, traced.model)
+
+
+@pytest.fixture(scope="session")
+def trained() -> TracedModel:
+    """The committed checkpoint, traced."""
+    return trace_model(resolve_model(EXAMPLE / "checkpoint"))
