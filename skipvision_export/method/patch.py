@@ -173,8 +173,8 @@ def apply_skip_vision(model: nn.Module, config: SkipVisionConfig) -> Iterator[Sk
 
     Raises ModelError for an unsupported architecture, ConfigError where `config` does not fit it.
     """
-    hf_config: Any = model.config
     family = family_of([type(model).__name__], "the model's class")
+    hf_config: Any = model.config
     family.check(hf_config)
     layout = config.layout(family.visual_tokens(hf_config))
     state = SkipVisionState(family, hf_config, layout)
