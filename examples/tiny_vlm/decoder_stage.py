@@ -19,8 +19,6 @@ from common import Log, build_optimizer, learning_rate, save_state, take_step
 from modeling import (
     PREFIX,
     VISUAL_TOKENS,
-    add_place_units,
-    fold_standardisation,
     question_text,
 )
 from scenes import Question, Thing, all_questions, ask, pick_question
@@ -40,15 +38,12 @@ class QuestionBank:
         scenes: list[list[Thing]],
         features: Tensor,
         attention: Tensor,
-        occupied: Tensor,
         processor: LlavaProcessor,
     ) -> None:
-        """features: float16 [n, 64, width]; attention: float32 [n, 64], CLS to patches;
-        occupied: bool [n, 64], whether the patch shows a part of an object."""
+        """features: float16 [n, 64, width]; attention: float32 [n, 64], CLS to patches;"""
         self.scenes = scenes
         self.features = features
         self.attention = attention
-        self.occupied = occupied
         self.tokenizer = processor.tokenizer
         self.image_id = processor.image_token_id
         self.prefix: list[int] = self.tokenizer(PREFIX).input_ids
@@ -268,7 +263,6 @@ def train_decoder(
     batch: int,
     peak: float,
     skip_from: float,
-    place_units_at: int,
     seed: int,
     state_path: Path,
     snapshot: Callable[[], None],
@@ -277,7 +271,6 @@ def train_decoder(
     """Train projector and decoder, or go on from `state_path`; `snapshot` saves the model."""
     model.train()
     model.model.vision_tower.requires_grad_(False)
-    sample = bank.features[:500].float().flatten(0, 1)
     parts = [model.model.multi_modal_projector, model.model.language_model, model.lm_head]
     optimizer = build_optimizer(parts)
     first = 0
@@ -287,13 +280,10 @@ def train_decoder(
             part.load_state_dict(weights)
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-    else:
-        fold_standardisation(parts[0], sample.mean(0), sample.std(0))
     running = 0.0
     for step in range(first, steps):
-        if step == place_units_at:
-            torch.manual_seed(seed + step)
-            add_place_units(parts[0], bank.features[:500].float(), bank.occupied[:500])
+        # The decoder first learns to read the codes; then both may move.
+        parts[0].requires_grad_(step >= steps // 2)
         rng = np.random.default_rng([seed, 20, step])
         skip = step >= skip_from * steps and step % 2 == 1
         packed = random_batch(bank, rng, batch, skip)

@@ -122,6 +122,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        # slow enough rotations that content can be matched across the picture
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
         initializer_range=0.06,  # the usual 0.02 is for models 30 times as wide
     )
     config = LlavaConfig(
@@ -188,30 +190,6 @@ def fold_standardisation(projector: torch.nn.Module, mean: Tensor, std: Tensor) 
     linear = projector.linear_1
     linear.weight.div_(std)
     linear.bias.sub_(linear.weight @ mean)
-
-
-@torch.no_grad()
-def add_place_units(projector: torch.nn.Module, features: Tensor, occupied: Tensor) -> None:
-    """Turn four little used hidden units of the projector into detectors of "object in this cell".
-
-    A patch's cell can be read from the features without error, but makes up only 4 % of their
-    variance, and the decoder then takes very long to find it. Units that stay silent on empty
-    patches teach it where things are even while its attention is still spread over the picture.
-    features: float [n, 64, width]; occupied: bool [n, 64].
-    """
-    first, second = projector.linear_1, projector.linear_2
-    index = torch.arange(GRID * GRID)
-    cell = 2 * (index // GRID >= GRID // 2) + (index % GRID >= GRID // 2)
-    inputs = torch.cat([features, torch.ones_like(features[..., :1])], dim=-1)
-    wanted = torch.nn.functional.one_hot(cell, 4).float() * occupied[..., None]
-    x, y = inputs.flatten(0, 1), wanted.flatten(0, 1)
-    probe = torch.linalg.solve(x.T @ x + 1e-2 * len(x) * torch.eye(x.shape[1]), x.T @ y)
-    use = first.weight.norm(dim=1) * second.weight.norm(dim=0)
-    units = use.argsort()[:4]
-    size = projector(features).std()
-    first.weight[units] = 6 * probe[:-1].T
-    first.bias[units] = 6 * (probe[-1] - 0.5)  # about 3 on an object in its cell, else silent
-    second.weight[:, units] = torch.randn(second.weight.shape[0], 4) * size / 3
 
 
 def to_pixel_values(pixels: np.ndarray) -> Tensor:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from align_stage import align_projector
 from common import Log, draw_pool
 from decoder_stage import QuestionBank, train_decoder
 from evaluate import evaluate, read_imagefolder, write_imagefolder
@@ -52,12 +53,7 @@ def parse_args() -> argparse.Namespace:
         help="share of the decoder steps after which half of the batches skip visual tokens; "
         "1 trains without skipping",
     )
-    parser.add_argument(
-        "--place-units-at",
-        type=int,
-        default=0,
-        help="decoder step at which four projector units become detectors of a patch's cell",
-    )
+    parser.add_argument("--align-steps", type=int, default=1000, help="projector steps on patch codes")
     parser.add_argument(
         "--no-test", action="store_true", help="leave the test questions alone (while tuning)"
     )
@@ -154,11 +150,12 @@ def main() -> None:
     )
 
     features, attention = cache_features(tower, pool.pixels)
-    occupied = torch.from_numpy(pool.kind >= 0)
-    train_bank = QuestionBank(pool.scenes, features, attention, occupied, processor)
+    if not (output / "decoder.pt").exists():
+        projector = model.model.multi_modal_projector
+        align_projector(projector, features, pool, steps=args.align_steps, seed=args.seed, log=log)
+    train_bank = QuestionBank(pool.scenes, features, attention, processor)
     features, attention = cache_features(tower, validation.pixels)
-    occupied = torch.from_numpy(validation.kind >= 0)
-    validation_bank = QuestionBank(validation.scenes, features, attention, occupied, processor)
+    validation_bank = QuestionBank(validation.scenes, features, attention, processor)
     log.write(stage="cached")
     train_decoder(
         model,
@@ -168,7 +165,6 @@ def main() -> None:
         batch=args.decoder_batch,
         peak=args.decoder_rate,
         skip_from=args.skip_from,
-        place_units_at=args.place_units_at,
         seed=args.seed,
         state_path=output / "decoder.pt",
         snapshot=lambda: save_checkpoint(output / "checkpoint", model, processor),

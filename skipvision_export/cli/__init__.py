@@ -58,5 +58,7 @@ def run(args: list[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
+    if sys.stderr.isatty():
+        sys.stderr.write("\r\x1b[K")  # the unfinished line of a progress
     print(f"skipvision: {' '.join(message.split())}", file=sys.stderr)
     return code

@@ -35,7 +35,7 @@ class Progress:
     def __init__(self) -> None:
         """Quiet lines at most every two seconds where nobody watches."""
         self.live = sys.stderr.isatty()
-        self.last = 0.0
+        self.last = time.monotonic()
 
     def __call__(self, message: str) -> None:
         """Show a message."""

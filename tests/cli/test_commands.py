@@ -1,0 +1,204 @@
+"""Commands as a user types them: results, exit codes, and one clear line for each mistake."""
+
+import json
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from skipvision_export.benchmark.flops import count_flops
+from skipvision_export.benchmark.timing import decoder_dims
+from skipvision_export.cli import run
+from skipvision_export.graph.passes.names import PREFILL
+from skipvision_export.runtime.pipeline import Bundle
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    file = tmp_path_factory.mktemp("picture") / "picture.png"
+    blocks = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(blocks).resize((96, 96)).save(file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory, picture):
+    folder = tmp_path_factory.mktemp("data")
+    shutil.copy(picture, folder / "a.png")
+    rows = [{"file_name": "a.png", "question": "What?", "answer": "x", "type": t} for t in "ab"]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def ok(tmp_path, *args):
+    out = tmp_path / "result.json"
+    assert run([*map(str, args), "--json", str(out)]) == 0
+    return json.loads(out.read_text())
+
+
+def test_inspect_agrees_with_the_graph(tiny_folder, bundle_folder, dense_folder, tmp_path):
+    result = ok(tmp_path, "inspect", tiny_folder, "--text-tokens", 20)
+    assert (result["family"], result["num_layers"], result["visual_tokens"]) == ("llava", 3, 64)
+    for folder, row in ((bundle_folder, result["presets"]["skip-75"]), (dense_folder, result["dense"])):
+        kept = 20 + row["retained"]
+        graph = onnx.load(folder / "onnx" / f"{PREFILL}.onnx", load_external_data=False)
+        sizes = {"batch": 1, "sequence": 20 + 64, "ffn_tokens": kept, "kept": kept}
+        assert row["prefill_flops"] == pytest.approx(count_flops(graph, sizes), rel=0.02)
+        assert row["kv_bytes"] == 2 * 3 * 2 * 16 * kept * 4
+    # and a graph of other sizes is not within two percent
+    assert result["dense"]["prefill_flops"] > 1.1 * result["presets"]["skip-75"]["prefill_flops"]
+    assert "llava-100-156" in result["unsupported"]
+
+
+def test_export_and_generate(tiny_folder, bundle_folder, picture, tmp_path):
+    result = ok(tmp_path, "generate", bundle_folder, "--image", picture, "--prompt", "What?")
+    assert result["kv_tokens_after_prefill"] == result["prompt_tokens"] - 48
+    dry = ok(tmp_path, "export", tiny_folder, "-o", tmp_path / "x", "--preset", "skip-50", "--dry-run")
+    assert (dry["retained"], dry["skipped"]) == (32, 32)
+    assert not (tmp_path / "x").exists()
+
+
+def test_validate(tiny_folder, bundle_folder, tmp_path):
+    result = ok(tmp_path, "validate", bundle_folder, "--model", tiny_folder, "--samples", 2)
+    assert result["passed"]
+    assert set(result["gaps"]) == {"export", "rewrite", "backend", "method"}
+    assert len(result["layers"]) == 3
+    assert set(result["gaps"]["rewrite"]["outputs"]["logits"]) == {"max_abs", "cosine", "sqnr_db"}
+
+
+def test_validate_fails_on_a_broken_bundle(tiny_folder, bundle_folder, tmp_path, capsys):
+    from skipvision_export.bundle.manifest import MANIFEST, file_table
+
+    twin = shutil.copytree(bundle_folder, tmp_path / "twin")
+    data = twin / "onnx" / "decoder.onnx_data"
+    weights = np.fromfile(data, np.float32)
+    weights[1000:3000] *= 1.02
+    weights.tofile(data)
+    manifest = json.loads((twin / MANIFEST).read_text())
+    manifest["files"] = {name: info.model_dump() for name, info in file_table(twin).items()}
+    (twin / MANIFEST).write_text(json.dumps(manifest))
+    assert run(["validate", str(twin), "--model", str(tiny_folder), "--samples", "1"]) == 1
+    assert "over the limit: export, rewrite" in capsys.readouterr().err
+
+
+def test_bench(bundle_folder, dense_folder, tmp_path):
+    args = ("--against", dense_folder, "--rounds", 2, "--new-tokens", 3)
+    result = ok(tmp_path, "bench", bundle_folder, *args)
+    assert len(result["runs"]) == 2
+    for row in result["runs"]:
+        assert row["prefill_ms"] > 0
+        assert row["peak_rss_mb"] > 10
+        assert {"backend", "dtype", "decode_ms_per_token", "kv_bytes", "flops"} <= set(row)
+    low, high = result["ratio_spread"]["prefill"]
+    assert low <= result["ratios"]["prefill"] <= high
+    dims = decoder_dims(Bundle.load(bundle_folder))
+    assert result["ratios"]["kv_bytes"] == pytest.approx(128 / 80)
+    assert dims.num_layers == 3
+
+
+@pytest.mark.parametrize("kind", ["bundle", "model"])
+def test_evaluate(kind, tiny_folder, bundle_folder, questions, tmp_path):
+    target = bundle_folder if kind == "bundle" else tiny_folder
+    result = ok(tmp_path, "evaluate", target, "--data", questions, "--max-new-tokens", 2)
+    assert result == {"accuracy": 0.0, "n": 2, "by_type": {"a": 0.0, "b": 0.0}}
+
+
+# -- mistakes ----------------------------------------------------------------------------------------
+
+
+def refused(capsys, message, *args):
+    assert run([*map(str, args)]) == 2
+    err = capsys.readouterr().err.strip()
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_no_model(capsys, tmp_path):
+    out = tmp_path / "out"
+    refused(capsys, "no config.json", "export", tmp_path, "-o", out, "--dense")
+    refused(capsys, "does not exist", "inspect", tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("{ no json")
+    refused(capsys, "no readable JSON", "inspect", tmp_path)
+    (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
+    refused(capsys, "supported: LlavaForConditionalGeneration", "export", tmp_path, "-o", out, "--dense")
+    assert not out.exists()
+
+
+def test_bad_weights(capsys, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    name = next(n for n in weights if n.endswith("layers.1.mlp.up_proj.weight"))
+    bad = weights | {name: np.full_like(weights[name], np.nan)}
+    save_file(bad, file, {"format": "pt"})
+    refused(capsys, "NaN", "export", folder, "-o", tmp_path / "out", "--dense")
+    del bad[name]
+    save_file(bad, file, {"format": "pt"})
+    refused(capsys, "lack 1 tensors", "export", folder, "-o", tmp_path / "out", "--dense")
+    file.write_bytes(file.read_bytes()[:5000])
+    refused(capsys, "cannot be loaded", "export", folder, "-o", tmp_path / "out", "--dense")
+    file.unlink()
+    refused(capsys, "no *.safetensors", "export", folder, "-o", tmp_path / "out", "--dense")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_pictures_and_prompts(capsys, bundle_folder, picture, tmp_path):
+    ask = ("generate", bundle_folder, "--prompt", "What?")
+    refused(capsys, "does not exist", *ask, "--image", tmp_path / "none.png")
+    (tmp_path / "half.png").write_bytes(picture.read_bytes()[:100])
+    refused(capsys, "truncated", *ask, "--image", tmp_path / "half.png")
+    refused(capsys, "got 0 pictures", *ask)
+    refused(capsys, "got 2 pictures", *ask, "--image", picture, "--image", picture)
+    two = ("generate", bundle_folder, "--prompt", "<image><image>", "--image", picture)
+    refused(capsys, "2 <image> placeholders", *two)
+
+
+def test_bad_bundles(capsys, bundle_folder, picture, tmp_path, tiny_folder):
+    ask = ("--prompt", "What?", "--image", picture)
+    refused(capsys, "no bundle", "generate", tmp_path, *ask)
+    twin = shutil.copytree(bundle_folder, tmp_path / "twin")
+    (twin / "onnx" / "decoder.onnx_data").unlink()
+    for command in ("generate", twin, *ask), ("bench", twin), ("validate", twin, "--model", tiny_folder):
+        refused(capsys, "decoder.onnx_data is missing", *command)
+
+
+def test_validate_against_another_model(capsys, bundle_folder, tiny_folder, tmp_path):
+    other = shutil.copytree(tiny_folder, tmp_path / "model")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"note": 1}))
+    refused(capsys, "another model", "validate", bundle_folder, "--model", other)
+
+
+def test_bad_outputs(capsys, tiny_folder, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    export = ("export", tiny_folder, "--dense", "-o")
+    refused(capsys, "--force", *export, tmp_path / "full")
+    refused(capsys, "not a folder", *export, tmp_path / "full" / "file" / "out")
+
+
+def test_bad_choices(capsys, tiny_folder, tmp_path):
+    export = ("export", tiny_folder, "-o", tmp_path / "out")
+    refused(capsys, "choose exactly one", *export)
+    refused(capsys, "choose exactly one", *export, "--dense", "--preset", "skip-50")
+    refused(capsys, "unknown preset", *export, "--preset", "nope")
+    refused(capsys, "576 visual tokens", *export, "--preset", "llava-100-156")
+    refused(capsys, "more than", *export, "--retained", "60", "--skipped", "60")
+    refused(capsys, "belong together", *export, "--retained", "60")
+    refused(capsys, "dtype", *export, "--dense", "--dtype", "int3")
+    refused(capsys, "target", *export, "--dense", "--target", "toaster")
+
+
+def test_usage(capsys):
+    refused(capsys, "No such command", "nothing")
+    refused(capsys, "Missing argument", "export")
+    refused(capsys, "No such option", "inspect", "x", "--colour")
+
+
+def test_bad_data(capsys, bundle_folder, tmp_path):
+    refused(capsys, "no metadata.jsonl", "evaluate", bundle_folder, "--data", tmp_path)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}')
+    refused(capsys, "line 1", "evaluate", bundle_folder, "--data", tmp_path)

@@ -1,0 +1,169 @@
+"""The trained checkpoint: exported graphs against PyTorch on held-out questions, and broken twins."""
+
+import shutil
+from functools import partial
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from conftest import EXAMPLE
+
+from skipvision_export import Bundle, SkipVisionConfig
+from skipvision_export.benchmark.accuracy import BundleAnswerer, evaluate, shuffled
+from skipvision_export.benchmark.parity import measure_gaps, prompts_from
+from skipvision_export.runtime.data import load_imagefolder
+from skipvision_export.runtime.generation import Generator
+from skipvision_export.runtime.torch_reference import TorchReference
+from skipvision_export.validation import compare_steps
+
+QUESTIONS = 200
+LIMIT = 1e-4
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return load_imagefolder(EXAMPLE / "test")
+
+
+@pytest.fixture(scope="module")
+def trained_reference(trained):
+    return TorchReference(trained.source, trained.model)
+
+
+@pytest.fixture(scope="module")
+def skip(trained, tmp_path_factory):
+    return trained.write(tmp_path_factory.mktemp("trained") / "skip", SkipVisionConfig.preset("skip-75"))
+
+
+@pytest.fixture(scope="module")
+def dense(trained, tmp_path_factory):
+    return trained.write(tmp_path_factory.mktemp("trained") / "dense", SkipVisionConfig.dense())
+
+
+@pytest.fixture(scope="module")
+def report(skip, trained_reference, samples):
+    return measure_gaps(skip, trained_reference, prompts_from(samples[:QUESTIONS]))
+
+
+@pytest.mark.parametrize("name", ["export", "rewrite", "backend"])
+def test_gap(report, name):
+    gap = report.gaps[name]
+    assert gap.n == QUESTIONS
+    assert gap.greedy_match == 1.0
+    assert set(gap.outputs) > {"logits", "present.0.key"}
+    assert gap.overall.max_abs <= LIMIT
+    assert gap.passed
+
+
+def test_the_method_gap_is_no_rounding(report):
+    # were patched and dense the same, the other gaps would prove nothing
+    assert report.gaps["method"].outputs["logits"].max_abs > 0.1
+
+
+def test_decode_takes_several_steps(report):
+    assert np.mean([len(t.token_ids) for t in report.transcripts["ort"]]) > 3
+
+
+def test_dense_bundle(dense, trained_reference, samples):
+    gap = measure_gaps(dense, trained_reference, prompts_from(samples[:QUESTIONS])).gaps["rewrite"]
+    assert gap.passed
+    assert gap.n == QUESTIONS
+    assert gap.overall.max_abs <= LIMIT
+
+
+# -- broken twins: each must be caught --------------------------------------------------------------
+
+
+def shift_ffn_index(graph):
+    """Every FFN takes its rows one further."""
+    index = next(v for v in graph.inputs if v.name == "ffn_index")
+    last = ir.Value(name="twin.last", const_value=ir.tensor(np.array([80], np.int64)))
+    one = ir.Value(name="twin.one", const_value=ir.tensor(np.array([1], np.int64)))
+    for value in (last, one):
+        graph.register_initializer(value)
+    users = [(use.node, use.idx) for use in index.uses()]
+    add = ir.node("Add", [index, one])
+    low = ir.node("Min", [add.outputs[0], last])
+    for node, at in users:
+        node.replace_input_with(at, low.outputs[0])
+    graph.insert_before(graph[0], [add, low])
+
+
+def leave_a_layer_unpruned(graph):
+    """One layer gives its full K and V out."""
+    node = [n for n in graph if n.op_type == "KVPrune"][1]
+    for i in (0, 1):
+        pruned, full = node.outputs[i], node.inputs[i]
+        at = list(graph.outputs).index(pruned)
+        name = pruned.name
+        pruned.name = f"{name}.unused"
+        full.name, graph.outputs[at] = name, full
+
+
+def drop_a_scatter(graph):
+    """One layer's FFN output never gets back."""
+    node = [n for n in graph if n.op_type == "ScatterND"][2]
+    ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
+
+
+def broken(skip, tmp_path, damage):
+    folder = shutil.copytree(skip.folder, tmp_path / "twin")
+    file = folder / "onnx" / "decoder_prefill.onnx"
+    model = ir.load(file)
+    damage(model.graph)
+    ir.save(model, file)
+    return Bundle.load(folder, verify=False).generator
+
+
+class RestartedPositions(Generator):
+    """Decode counts on from the length of the cache."""
+
+    def decode(self, token, position, past):
+        cached = self.backend.shape(past["present.0.key"])[2]
+        return super().decode(token, cached, past)
+
+
+def caught(skip, generator, report, samples):
+    """Does the rewrite gap fail, or the run itself, on the first questions?"""
+    pairs = []
+    try:
+        for i, sample in enumerate(samples[:12]):
+            inputs = skip.prepare(sample.image, sample.question)
+            run = partial(generator.generate, max_new_tokens=16, eos=skip.eos, keep_logits=True, keep_kv=True)
+            pairs.append((report.transcripts["patched"][i], run(inputs.input_ids, inputs.pixel_values)))
+    except Exception as error:
+        return type(error).__name__
+    gap = compare_steps("rewrite", pairs, LIMIT)
+    return "" if gap.passed else f"{gap.overall.max_abs:.1e}"
+
+
+@pytest.mark.parametrize("damage", [shift_ffn_index, leave_a_layer_unpruned, drop_a_scatter])
+def test_broken_graphs_are_caught(skip, report, samples, tmp_path, damage):
+    assert caught(skip, broken(skip, tmp_path, damage), report, samples)
+
+
+def test_restarted_positions_are_caught(skip, report, samples):
+    assert caught(skip, RestartedPositions(skip.backend, skip.manifest), report, samples)
+
+
+def test_an_unbroken_twin_is_not_caught(skip, report, samples, tmp_path):
+    assert not caught(skip, broken(skip, tmp_path, lambda graph: None), report, samples)
+
+
+# -- the checkpoint itself ---------------------------------------------------------------------------
+
+
+def test_checkpoint_is_small(trained):
+    assert sum(p.stat().st_size for p in (EXAMPLE / "checkpoint").iterdir()) <= 8e6
+    assert sum(p.numel() for p in trained.model.parameters()) <= 4e6
+    assert trained.source.family.visual_tokens(trained.source.config) <= 144
+
+
+def test_checkpoint_has_learned(dense, skip, samples):
+    assert len(samples) == 1000
+    right = evaluate(BundleAnswerer(dense), samples)
+    floor = evaluate(BundleAnswerer(dense), shuffled(samples))
+    skipping = evaluate(BundleAnswerer(skip), samples)
+    assert right.accuracy >= 0.95
+    assert skipping.accuracy >= 0.9
+    assert floor.accuracy <= 0.4
