@@ -60,8 +60,8 @@ def table(result: dict[str, Any]) -> str:
         f"| {ratio('kv_bytes')} |",
         "",
         f"{machine['cpu']}, {machine['cores']} cores; Python {machine['python']}, torch {machine['torch']}, "
-        f"transformers {machine['transformers']}, onnxruntime {machine['onnxruntime']}. The machine was shared: "
-        "trust the ratios, not the times. Source: `benchmarks/results/demo_cpu.json`.",
+        f"transformers {machine['transformers']}, onnxruntime {machine['onnxruntime']}. The machine was "
+        "shared: trust the ratios, not the times. Source: `benchmarks/results/demo_cpu.json`.",
     ]
     return "\n".join(rows)
 
