@@ -1,4 +1,6 @@
-"""Write the README's results out of benchmarks/results/demo_cpu.json; run after a new benchmark.
+"""Write the README's results out of benchmarks/results/demo_cpu.json, and its picture.
+
+Run from the repository's root after a new benchmark:
 
 skipvision demo -o demo --json benchmarks/results/demo_cpu.json && python benchmarks/update_readme.py
 """
@@ -6,11 +8,15 @@ skipvision demo -o demo --json benchmarks/results/demo_cpu.json && python benchm
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "demo_cpu.json"
+PICTURE = ROOT / "docs" / "retained.png"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
@@ -72,6 +78,35 @@ def updated(readme: str, result: dict[str, Any]) -> str:
     return f"{before}{BEGIN}\n{table(result)}\n{END}{rest.split(END)[1]}"
 
 
+def picture(folder: Path, data: Path, preset: str, count: int = 4, gap: int = 12) -> Image.Image:
+    """The first pictures of `data` with what the reference retains of them, side by side."""
+    from skipvision_export import SkipVisionConfig
+    from skipvision_export.models.loading import resolve_model
+    from skipvision_export.report.overlay import draw_grid
+    from skipvision_export.runtime.data import load_imagefolder
+    from skipvision_export.runtime.torch_reference import TorchReference
+
+    reference = TorchReference(resolve_model(folder))
+    config = SkipVisionConfig.preset(preset)
+    samples = {sample.image: sample for sample in load_imagefolder(data)}
+    drawn = []
+    for sample in list(samples.values())[:count]:
+        inputs = reference.prepare(sample.image, sample.question)
+        _, state = reference.run(inputs, max_new_tokens=1, config=config)
+        order = state.order[0].tolist()
+        retained = config.layout(len(order)).count("retained")
+        drawn.append(draw_grid(sample.image, math.isqrt(len(order)), order[:retained]))
+    width, height = drawn[0].size
+    strip = Image.new("RGB", (count * (width + gap) - gap, height), "white")
+    for i, image in enumerate(drawn):
+        strip.paste(image, (i * (width + gap), 0))
+    return strip
+
+
 if __name__ == "__main__":
     file = ROOT / "README.md"
-    file.write_text(updated(file.read_text(), json.loads(RESULTS.read_text())))
+    measured = json.loads(RESULTS.read_text())
+    file.write_text(updated(file.read_text(), measured))
+    PICTURE.parent.mkdir(exist_ok=True)
+    checkpoint = ROOT / measured["checkpoint"]
+    picture(checkpoint, checkpoint.parent / "test", measured["preset"]).save(PICTURE, optimize=True)

@@ -52,8 +52,8 @@ def demo(
             folder, checkpoint, data, config, questions, parity_questions, rounds, progress
         )
         result = {
-            "report": str(output / "report.html"),
-            "checkpoint": str(checkpoint),
+            "report": _from_here(output / "report.html"),
+            "checkpoint": _from_here(checkpoint),
             **result,
         }
         (folder / "demo.json").write_text(to_json(result), encoding="utf-8")
@@ -151,6 +151,12 @@ def run_demo(
         "sibling": {"parameters": parameters, **times},
     }
     return result, parity.passed
+
+
+def _from_here(path: Path) -> str:
+    """A path relative to the working directory where it is below it: results travel."""
+    path, here = path.resolve(), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _tell(progress: Progress, part: str, text: str) -> None:
