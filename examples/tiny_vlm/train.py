@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Example: python train.py --output out --seed 0   (about half an hour on one core). "
+        epilog="Example: python train.py --output out --seed 0   (about an hour on two cores). "
         "A quick look: python train.py --output out --pictures 2000 --vision-steps 100 "
         "--decoder-steps 50",
     )
@@ -43,8 +43,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=20000, help="training pictures to draw")
     parser.add_argument("--vision-steps", type=int, default=1400, help="steps of 64 pictures")
     parser.add_argument("--vision-rate", type=float, default=1.5e-3, help="peak learning rate")
-    parser.add_argument("--decoder-steps", type=int, default=3000, help="steps")
-    parser.add_argument("--decoder-batch", type=int, default=12, help="pictures per step")
+    parser.add_argument("--decoder-steps", type=int, default=5600, help="steps")
+    parser.add_argument("--decoder-batch", type=int, default=24, help="pictures per step")
     parser.add_argument("--decoder-rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument(
         "--skip-from",
