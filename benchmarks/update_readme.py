@@ -94,7 +94,7 @@ def picture(folder: Path, data: Path, preset: str, count: int = 4, gap: int = 12
         inputs = reference.prepare(sample.image, sample.question)
         _, state = reference.run(inputs, max_new_tokens=1, config=config)
         order = state.order[0].tolist()
-        retained = config.layout(len(order)).count("retained")
+        retained = config.layout(len(order)).retained
         drawn.append(draw_grid(sample.image, math.isqrt(len(order)), order[:retained]))
     width, height = drawn[0].size
     strip = Image.new("RGB", (count * (width + gap) - gap, height), "white")

@@ -1,57 +1,44 @@
-"""Which visual tokens are retained, which are skipped, and in which order they stand.
+"""Which visual tokens are retained, merged and skipped, in which order they stand, and in which layers.
 
-The only place that computes token counts. Source: Skip-Vision (arXiv 2503.21817), token roles.
+The only place that computes token counts. Source: Skip-Vision (arXiv 2503.21817), token roles,
+"choosing and merging".
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import groupby
+from pathlib import Path
 from typing import Any, Literal
 
 from skipvision_export.errors import ConfigError
+from skipvision_export.layout import Role, Run, TokenLayout
+from skipvision_export.tokens import merge_names, selector, selector_names
 
-Role = Literal["retained", "summary", "skipped"]
-Run = tuple[Role, int]
-
-
-@dataclass(frozen=True)
-class TokenLayout:
-    """The visual tokens of one image as the decoder sees them: runs of roles, in order.
-
-    `runs` is such as `(("retained", 100), ("skipped", 156))`; roles other than "skipped" go
-    through every FFN and keep their keys and values.
-    """
-
-    runs: tuple[Run, ...]
-
-    def count(self, role: Role) -> int:
-        """Number of tokens of one role."""
-        return sum(n for r, n in self.runs if r == role)
-
-    @property
-    def total(self) -> int:
-        """Visual tokens in the decoder's sequence."""
-        return sum(n for _, n in self.runs)
-
-    @property
-    def kept(self) -> int:
-        """Visual tokens that go through the FFN and whose K/V outlive prefill."""
-        return self.total - self.count("skipped")
-
-    def skipped_mask(self) -> list[bool]:
-        """One flag for each visual token, in layout order: True where it is skipped."""
-        return [role == "skipped" for role, n in self.runs for _ in range(n)]
+PassThrough = Literal["none", "last", "first_last"]
 
 
 @dataclass(frozen=True)
 class SkipVisionConfig:
     """How to treat the visual tokens of one image; JSON round trip by `to_json`/`from_json`.
 
-    Give `retained` and `skipped` (numbers of tokens), or `skip_share` (a share in [0, 1) that fits
-    any model). `visual_tokens`, where set, is the only number of visual tokens the preset is for.
-    `merged` tokens are what `retained + skipped` leaves of them.
+    Numbers of tokens are given in one of three ways:
+      - `retained` and `skipped`: counts; what they leave of the model's visual tokens is merged away
+      - `skip_share` (and `retained_share`): shares of the model's visual tokens, for any model; without
+        `retained_share` nothing is merged
+      - `layer_shares`: a policy, one share of skipped tokens for each decoder layer
+
+    visual_tokens: where set, the only number of visual tokens the preset is for
+    selector, merge: names in `skipvision_export.tokens`; seed: of the random selector
+    order: "grouped" (the method's layout), or "raster" (tokens stay where they are; only for
+        selectors that do not look at the picture)
+    summaries: add a summary token behind the retained and one behind the skipped block
+    pass_through: skipped tokens that go through the FFN all the same, the authors' "pass last"
+    strict: text after an image does not see its skipped tokens, in training and prefill as well
+    skip_ffn, skip_kv: the two halves of the method; False is for ablations
+    tiled: the image comes as a thumbnail and tiles (LLaVA-NeXT); all tiles' tokens are merged
     """
 
     name: str = "custom"
@@ -61,10 +48,34 @@ class SkipVisionConfig:
     visual_tokens: int | None = None
     selector: str = "cls_attention"
     summaries: bool = False
+    retained_share: float | None = None
+    layer_shares: tuple[float, ...] | None = None
+    merge: str = "bipartite"
+    order: Literal["grouped", "raster"] = "grouped"
+    pass_through: PassThrough = "none"
+    strict: bool = False
+    skip_ffn: bool = True
+    skip_kv: bool = True
+    tiled: bool = False
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse counts that contradict each other."""
-        if self.skip_share is None:
+        """Refuse what contradicts itself; raises ConfigError."""
+        if self.layer_shares is not None:
+            object.__setattr__(self, "layer_shares", tuple(float(s) for s in self.layer_shares))
+        self._check_numbers()
+        self._check_choices()
+
+    def _check_numbers(self) -> None:
+        ways = [self.retained is not None or self.skipped is not None, self.skip_share is not None]
+        ways.append(self.layer_shares is not None)
+        if sum(ways) != 1:
+            if sum(ways) == 0:
+                raise ConfigError(
+                    f"preset {self.name!r} needs both retained and skipped counts, or a skip_share"
+                )
+            raise ConfigError("give retained and skipped counts, a skip_share or layer_shares, not both")
+        if ways[0]:
             if self.retained is None or self.skipped is None:
                 raise ConfigError(
                     f"preset {self.name!r} needs both retained and skipped counts, or a skip_share"
@@ -73,10 +84,45 @@ class SkipVisionConfig:
                 raise ConfigError(
                     f"retained={self.retained} and skipped={self.skipped} must be at least 0 and not both 0"
                 )
-        elif self.retained is not None or self.skipped is not None:
-            raise ConfigError("give either retained and skipped counts or a skip_share, not both")
-        elif not 0 <= self.skip_share < 1:
-            raise ConfigError(f"skip_share={self.skip_share} is outside [0, 1)")
+        for label, share, top in (
+            ("skip_share", self.skip_share, self.skip_share != 1),
+            ("retained_share", self.retained_share, True),
+            *(("layer_shares", share, True) for share in self.layer_shares or ()),
+        ):
+            if share is not None and not (0 <= share <= 1 and top):
+                raise ConfigError(f"{label}={share} is outside [0, 1)")
+        if self.retained_share is not None and (
+            self.skip_share is None or self.retained_share + self.skip_share > 1
+        ):
+            raise ConfigError("retained_share needs a skip_share, and the two must not exceed 1")
+
+    def _check_choices(self) -> None:
+        for label, value, allowed in (
+            ("selector", self.selector, selector_names()),
+            ("merge", self.merge, merge_names()),
+            ("order", self.order, ("grouped", "raster")),
+            ("pass_through", self.pass_through, ("none", "last", "first_last")),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"{label} {value!r} is not one of {', '.join(allowed)}")
+        by_layer = self.layer_shares is not None
+        if by_layer and (self.summaries or self.strict or self.tiled or self.pass_through != "none"):
+            raise ConfigError(
+                "a policy with layer_shares takes no summaries, no pass_through, no strict masking and "
+                "no tiles: these are for models that were trained with them"
+            )
+        if self.order == "raster":
+            if not selector(self.selector).static:
+                raise ConfigError(
+                    f"order 'raster' needs a selector that does not look at the picture, not "
+                    f"{self.selector!r}"
+                )
+            if self.summaries or self.merges_some or self.tiled:
+                raise ConfigError("order 'raster' takes no summaries, no merging and no tiles")
+        if self.strict and not self.skip_kv:
+            raise ConfigError("strict masking needs skip_kv: decode would see the skipped tokens again")
+        if self.tiled and self.retained is None:
+            raise ConfigError("a tiled preset needs retained and skipped counts")
 
     @classmethod
     def preset(cls, name: str) -> SkipVisionConfig:
@@ -92,79 +138,218 @@ class SkipVisionConfig:
         return cls(name="dense", skip_share=0.0)
 
     @classmethod
-    def counts(cls, retained: int, skipped: int) -> SkipVisionConfig:
+    def counts(cls, retained: int, skipped: int, **options: Any) -> SkipVisionConfig:
         """A configuration by numbers of tokens."""
-        return cls(name=f"{retained}-{skipped}", retained=retained, skipped=skipped)
+        return cls(name=f"{retained}-{skipped}", retained=retained, skipped=skipped, **options)
 
     @property
     def is_dense(self) -> bool:
-        """True where nothing is skipped."""
-        return self.skip_share == 0 or self.skipped == 0
+        """True where the model is left as it is."""
+        if self.layer_shares is not None:
+            return not any(self.layer_shares)
+        nothing = self.skip_share == 0 if self.skip_share is not None else self.skipped == 0
+        return nothing and not self.summaries and self.visual_tokens is None and not self.merges_some
 
-    def layout(self, visual_tokens: int) -> TokenLayout:
-        """Resolve the counts for a model with `visual_tokens` tokens for each image.
+    @property
+    def merges_some(self) -> bool:
+        """True where shares leave a part of the tokens to be merged; counts tell with the model only."""
+        return self.retained_share is not None
 
-        Raises ConfigError where the configuration does not fit that number.
+    def layout(
+        self, visual_tokens: int, *, num_layers: int | None = None, tiled: bool = False
+    ) -> TokenLayout:
+        """Resolve the counts for a model.
+
+        visual_tokens: of each image, or of each crop where the model tiles its images.
+        Raises ConfigError where the configuration does not fit.
         """
+        self._check_fit(visual_tokens, num_layers, tiled)
+        if self.layer_shares is not None:
+            return self._policy_layout(visual_tokens)
+        retained, skipped = self._counts(visual_tokens)
+        bypass = self._role(not self.skip_ffn, not self.skip_kv)
+        through = self._role(True, not self.skip_kv)
+        if self.order == "raster":
+            flags = _chosen(self.selector, self.seed, visual_tokens, retained)
+            return TokenLayout(_runs("retained" if flag else bypass for flag in flags))
+        block: list[Role] = [bypass] * skipped
+        if block and self.pass_through != "none":
+            block[-1] = through
+            if self.pass_through == "first_last":
+                block[0] = through
+        summary: list[Role] = ["summary"] if self.summaries else []
+        return TokenLayout(
+            _runs(["retained"] * retained)
+            + _runs(summary if retained else [])
+            + _runs(block)
+            + _runs(summary if skipped else [])
+        )
+
+    def _check_fit(self, visual_tokens: int, num_layers: int | None, tiled: bool) -> None:
         if self.visual_tokens is not None and self.visual_tokens != visual_tokens:
             raise ConfigError(
                 f"preset {self.name!r} is for {self.visual_tokens} visual tokens for each image, this "
                 f"model has {visual_tokens}; use --retained N --skipped N, or a preset by share such "
                 "as skip-50"
             )
+        if self.tiled != tiled:
+            kinds = {True: "a thumbnail and tiles", False: "one crop for each image"}
+            raise ConfigError(
+                f"preset {self.name!r} is for models with {kinds[self.tiled]}, this model has {kinds[tiled]}"
+            )
+        layers = self.layer_shares
+        if layers is not None and num_layers is not None and len(layers) != num_layers:
+            raise ConfigError(
+                f"policy {self.name!r} is for a decoder of {len(layers)} layers, this model has {num_layers}"
+            )
+
+    def _counts(self, visual_tokens: int) -> tuple[int, int]:
+        """Retained and skipped tokens of one image, after merging."""
         if self.skip_share is not None:
             # round() and not int(): int(100 * (1 - 0.9)) is 9.
             skipped = round(visual_tokens * self.skip_share)
-            retained = visual_tokens - skipped
-        else:
-            assert self.retained is not None and self.skipped is not None  # by __post_init__
-            retained, skipped = self.retained, self.skipped
-        if retained + skipped > visual_tokens:
+            if self.retained_share is None:
+                return visual_tokens - skipped, skipped
+            return round(visual_tokens * self.retained_share), skipped
+        assert self.retained is not None and self.skipped is not None  # by __post_init__
+        if self.tiled:
+            if self.retained != visual_tokens or not 0 < self.skipped <= visual_tokens:
+                raise ConfigError(
+                    f"a tiled preset retains the thumbnail's {visual_tokens} tokens and merges the tiles' "
+                    f"to 1 to {visual_tokens}, not retained={self.retained}, skipped={self.skipped}"
+                )
+        elif self.retained + self.skipped > visual_tokens:
             raise ConfigError(
-                f"retained {retained} + skipped {skipped} tokens are more than the model's "
+                f"retained {self.retained} + skipped {self.skipped} tokens are more than the model's "
                 f"{visual_tokens} visual tokens"
             )
-        if retained + skipped < visual_tokens:
+        elif self.skipped == 0 and self.retained < visual_tokens:
             raise ConfigError(
-                f"retained {retained} + skipped {skipped} tokens leave {visual_tokens - retained - skipped} "
-                f"of the model's {visual_tokens} visual tokens to be merged away, which is not supported "
-                "yet; let the two add up"
+                f"retained {self.retained} and skipped 0 leave {visual_tokens - self.retained} of the "
+                f"model's {visual_tokens} visual tokens with nothing to be merged to; skip at least 1"
             )
-        if self.summaries:
-            raise ConfigError(f"preset {self.name!r} needs summary tokens, not supported yet")
-        runs: tuple[Run, ...] = (("retained", retained), ("skipped", skipped))
-        return TokenLayout(tuple(run for run in runs if run[1]))
+        return self.retained, self.skipped
+
+    def _policy_layout(self, visual_tokens: int) -> TokenLayout:
+        assert self.layer_shares is not None
+        counts = [round(visual_tokens * share) for share in self.layer_shares]
+        levels = sorted({n for n in counts if n}, reverse=True)  # tier 1 skips the most tokens
+        layer_tiers = tuple(levels.index(n) + 1 if n else 0 for n in counts)
+        # A token has the highest tier whose layers let it skip; tokens are ranked by importance.
+        tier_of_rank = [sum(rank >= visual_tokens - n for n in levels) for rank in range(visual_tokens)]
+        ranks: Iterable[int] = range(visual_tokens)
+        if self.order == "raster":
+            ranks = _static_ranks(self.selector, self.seed, visual_tokens)
+        tiers = [tier_of_rank[rank] for rank in ranks]
+        bypass = self._role(False, not self.skip_kv)
+        grouped = [(tier, len(list(run))) for tier, run in groupby(tiers)]
+        return TokenLayout(
+            tuple((bypass if tier else "retained", n) for tier, n in grouped),
+            tuple(tier for tier, _ in grouped),
+            layer_tiers,
+        )
+
+    @staticmethod
+    def _role(ffn: bool, kv: bool) -> Role:
+        by_effect: dict[tuple[bool, bool], Role] = {
+            (True, True): "retained",
+            (False, False): "skipped",
+            (True, False): "ffn_only",
+            (False, True): "kv_only",
+        }
+        return by_effect[ffn, kv]
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""
-        return asdict(self)
+        values = asdict(self)
+        if self.layer_shares is not None:
+            values["layer_shares"] = list(self.layer_shares)
+        return values
 
     @classmethod
     def from_json(cls, data: dict[str, Any] | str) -> SkipVisionConfig:
-        """Inverse of `to_json`; raises ConfigError on unknown fields."""
-        values = json.loads(data) if isinstance(data, str) else dict(data)
+        """Inverse of `to_json`; raises ConfigError on unknown fields and on types that do not fit."""
+        try:
+            values = json.loads(data) if isinstance(data, str) else dict(data)
+        except ValueError as error:
+            raise ConfigError(f"no readable JSON: {error}") from None
         unknown = sorted(values.keys() - {field.name for field in fields(cls)})
         if unknown:
             raise ConfigError(f"unknown configuration fields {', '.join(unknown)}")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ConfigError(f"configuration fields of a wrong type: {error}") from None
+
+    @classmethod
+    def load(cls, file: str | Path) -> SkipVisionConfig:
+        """Read a configuration or policy file; raises ConfigError that names it."""
+        file = Path(file)
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{file} is no readable configuration: {error}") from None
+        if not isinstance(data, dict):
+            raise ConfigError(f"{file} is no configuration: expected a JSON object")
+        try:
+            return cls.from_json(data.get("config", data))
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from None
 
     def renamed(self, name: str) -> SkipVisionConfig:
         """The same configuration under another name."""
         return replace(self, name=name)
 
 
-def _presets(configs: Sequence[SkipVisionConfig]) -> dict[str, SkipVisionConfig]:
-    return {config.name: config for config in configs}
+def _runs(roles: Iterable[Role]) -> tuple[Run, ...]:
+    return tuple((role, len(list(run))) for role, run in groupby(roles))
 
 
-# Shares fit any model; the rest are the paper's, with its names and its 576 visual tokens.
-PRESETS = _presets(
-    [
-        SkipVisionConfig("skip-50", skip_share=0.5),
-        SkipVisionConfig("skip-75", skip_share=0.75),
-        SkipVisionConfig("skip-90", skip_share=0.9),
+def _static_ranks(name: str, seed: int, visual_tokens: int) -> list[int]:
+    """Rank by importance of each position, for a selector that does not look at the picture."""
+    scores = selector(name).static_scores(visual_tokens, seed)
+    order = (-scores).argsort(kind="stable")
+    ranks = [0] * visual_tokens
+    for rank, position in enumerate(order.tolist()):
+        ranks[position] = rank
+    return ranks
+
+
+def _chosen(name: str, seed: int, visual_tokens: int, retained: int) -> list[bool]:
+    return [rank < retained for rank in _static_ranks(name, seed, visual_tokens)]
+
+
+def _presets() -> dict[str, SkipVisionConfig]:
+    """Shares fit any model; the rest are the paper's, with its names and its 576 visual tokens."""
+    papers = [
         SkipVisionConfig("llava-100-156", 100, 156, visual_tokens=576, summaries=True),
         SkipVisionConfig("llava-256-320", 256, 320, visual_tokens=576, summaries=True),
         SkipVisionConfig("llava-64-156", 64, 156, visual_tokens=576, summaries=True),
+        SkipVisionConfig(
+            "llava-hd-576-576",
+            576,
+            576,
+            visual_tokens=576,
+            summaries=True,
+            selector="thumbnail",
+            tiled=True,
+        ),
     ]
-)
+    variants = [
+        replace(preset, name=f"{preset.name}-pass-{how.replace('_', '-')}", pass_through=how)
+        for preset in papers
+        for how in ("last", "first_last")
+    ]
+    configs = [
+        SkipVisionConfig("skip-50", skip_share=0.5),
+        SkipVisionConfig("skip-75", skip_share=0.75),
+        SkipVisionConfig("skip-90", skip_share=0.9),
+        # llava-100-156 in proportion, for any number of visual tokens: about a quarter of their FLOPs.
+        SkipVisionConfig("quarter", skip_share=0.25, retained_share=0.14, summaries=True),
+        *papers,
+        *variants,
+    ]
+    return {config.name: config for config in configs}
+
+
+PRESETS = _presets()

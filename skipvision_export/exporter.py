@@ -66,12 +66,12 @@ class TracedModel:
         family, hf_config = self.source.family, self.source.config
         dims = family.decoder_dims(hf_config)
         visual = family.visual_tokens(hf_config)
-        layout = config.layout(visual)
+        layout = family.layout(hf_config, config)
         context = PassContext(
             num_layers=dims.num_layers,
             vision_layers=family.vision_dims(hf_config).num_layers,
             visual_tokens=visual,
-            retained=layout.count("retained"),
+            retained=layout.retained,
         )
         graphs = rewrite(self.trace, context).graphs
         with atomic_folder(out, force) as folder:
@@ -90,8 +90,8 @@ class TracedModel:
                 preset=config.name,
                 config=config.to_json(),
                 roles=Roles(
-                    retained=layout.count("retained"),
-                    skipped=layout.count("skipped"),
+                    retained=layout.retained,
+                    skipped=layout.skipped,
                     layout=list(layout.runs),
                 ),
                 model=ModelInfo(
@@ -142,7 +142,7 @@ def export(
     out = Path(out)
     check_output(out, force)
     source = resolve_model(model, revision)
-    config.layout(source.family.visual_tokens(source.config))
+    source.family.layout(source.config, config)
     traced = trace_model(source, dtype, progress)
     progress("rewriting and writing")
     return traced.write(out, config, force)

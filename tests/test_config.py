@@ -2,21 +2,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skipvision_export.config import PRESETS, SkipVisionConfig, TokenLayout
+from skipvision_export.config import PRESETS, SkipVisionConfig
 from skipvision_export.errors import ConfigError
+from skipvision_export.layout import TokenLayout
 
 
 @given(st.integers(1, 3000), st.floats(0, 0.999))
 def test_shares_fit_every_model(visual, share):
     layout = SkipVisionConfig(skip_share=share).layout(visual)
     assert layout.total == visual
-    assert layout.kept + layout.count("skipped") == visual
+    assert layout.kept_kv + layout.skipped == visual
     assert abs(layout.count("skipped") - visual * share) <= 0.5
 
 
 def test_no_truncation_in_shares():
     # int(100 * (1 - 0.9)) is 9
-    assert SkipVisionConfig.preset("skip-90").layout(100).kept == 10
+    assert SkipVisionConfig.preset("skip-90").layout(100).kept_kv == 10
 
 
 @given(st.integers(0, 600), st.integers(0, 600))
@@ -30,7 +31,7 @@ def test_json_round_trip(retained, skipped):
 def test_layout_order_is_retained_then_skipped():
     layout = SkipVisionConfig.counts(2, 3).layout(5)
     assert layout.runs == (("retained", 2), ("skipped", 3))
-    assert layout.skipped_mask() == [False, False, True, True, True]
+    assert layout.ffn_mask() == layout.kv_mask() == [True, True, False, False, False]
 
 
 def test_dense_has_one_run():
@@ -46,9 +47,9 @@ def test_dense_has_one_run():
         (lambda: SkipVisionConfig(retained=1, skipped=1, skip_share=0.5), "not both"),
         (lambda: SkipVisionConfig.counts(-1, 2), "at least 0"),
         (lambda: SkipVisionConfig.counts(50, 50).layout(64), "more than"),
-        (lambda: SkipVisionConfig.counts(5, 5).layout(64), "merged away"),
+        (lambda: SkipVisionConfig.counts(5, 0).layout(64), "nothing to be merged to"),
         (lambda: SkipVisionConfig.preset("llava-100-156").layout(64), "576"),
-        (lambda: SkipVisionConfig.preset("llava-256-320").layout(576), "summary"),
+        (lambda: SkipVisionConfig.preset("llava-hd-576-576").layout(576), "tiles"),
         (lambda: SkipVisionConfig.from_json({"colour": 1}), "colour"),
     ],
 )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import onnx
 
-from skipvision_export.config import TokenLayout
+from skipvision_export.layout import TokenLayout
 from skipvision_export.models import DecoderDims
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -30,20 +30,20 @@ def prefill_cost(
 ) -> PrefillCost:
     """By formula, for `text_tokens` and the visual tokens of one image.
 
-    Every token goes through q, k, v and o and attends to the whole sequence; only text and kept
-    tokens go through the FFN and stay in the cache; the head reads the last position.
+    Every token goes through q, k, v and o and attends to the whole sequence; text and the tokens that
+    the layout names go through a layer's FFN and stay in the cache; the head reads the last position.
     """
     length = text_tokens + layout.total
-    kept = text_tokens + layout.kept
     d, q = dims.hidden_size, dims.num_heads * dims.head_dim
     kv = dims.num_kv_heads * dims.head_dim
     projections = 2 * length * d * (q + 2 * kv) + 2 * length * q * d
     attention = 2 * 2 * length * length * q
-    ffn = 3 * 2 * kept * d * dims.intermediate_size
+    rows = sum(text_tokens + layout.ffn_tokens(layer) for layer in range(dims.num_layers))
+    ffn = 3 * 2 * rows * d * dims.intermediate_size
     head = 2 * d * dims.vocab_size
     return PrefillCost(
-        prefill_flops=dims.num_layers * (projections + attention + ffn) + head,
-        kv_bytes=kv_bytes(dims, kept, dtype),
+        prefill_flops=dims.num_layers * (projections + attention) + ffn + head,
+        kv_bytes=kv_bytes(dims, text_tokens + layout.kept_kv, dtype),
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from skipvision_export.benchmark.accuracy import normalize
-from skipvision_export.config import TokenLayout
+from skipvision_export.layout import TokenLayout
 from skipvision_export.runtime.data import Sample
 from skipvision_export.runtime.generation import Generator, Transcript
 from skipvision_export.runtime.ort import OrtBackend

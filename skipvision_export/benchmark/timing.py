@@ -17,7 +17,7 @@ import onnx
 
 from skipvision_export.benchmark.flops import count_flops, kv_bytes
 from skipvision_export.errors import SkipVisionError
-from skipvision_export.graph.passes.names import PREFILL
+from skipvision_export.graph.passes.names import PREFILL, ffn_dim_name
 from skipvision_export.models import DecoderDims
 from skipvision_export.runtime.pipeline import Bundle
 from skipvision_export.runtime.prompt import PromptInputs
@@ -159,11 +159,10 @@ def graph_flops(bundle: Bundle, text_tokens: int) -> int:
     """Operations of the decoder's prefill, counted over the exported graph's nodes."""
     layout = bundle.manifest.layout
     file = bundle.folder / bundle.manifest.graphs[PREFILL].file
-    kept = text_tokens + layout.kept
-    return count_flops(
-        onnx.load(file, load_external_data=False),
-        {"batch": 1, "sequence": text_tokens + layout.total, "ffn_tokens": kept, "kept": kept},
-    )
+    sizes = {"batch": 1, "sequence": text_tokens + layout.total, "kept": text_tokens + layout.kept_kv}
+    for tier in layout.used_tiers():
+        sizes[ffn_dim_name(tier)] = text_tokens + sum(layout.ffn_mask(tier))
+    return count_flops(onnx.load(file, load_external_data=False), sizes)
 
 
 def peak_rss_mb(bundle: Bundle, settings: BenchSettings) -> float:

@@ -9,8 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from skipvision_export.config import SkipVisionConfig, TokenLayout
+from skipvision_export.config import SkipVisionConfig
 from skipvision_export.errors import BundleError
+from skipvision_export.layout import TokenLayout
 
 MANIFEST = "skipvision.json"
 SCHEMA_VERSION = 1

@@ -64,11 +64,11 @@ def inspection(source: Any, text_tokens: int) -> dict[str, Any]:
     dims, visual = family.decoder_dims(config), family.visual_tokens(config)
 
     def row(choice: SkipVisionConfig) -> dict[str, int]:
-        layout = choice.layout(visual)
+        layout = family.layout(config, choice)
         cost = prefill_cost(dims, layout, text_tokens)
         return {
-            "retained": layout.count("retained"),
-            "skipped": layout.count("skipped"),
+            "retained": layout.retained,
+            "skipped": layout.skipped,
             "prefill_flops": cost.prefill_flops,
             "kv_bytes": cost.kv_bytes,
         }
@@ -124,12 +124,12 @@ def export(
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     check_output(output, force)
     source = resolve_model(model, revision)
-    layout = config.layout(source.family.visual_tokens(source.config))
+    layout = source.family.layout(source.config, config)
     result: dict[str, Any] = {
         "bundle": str(output),
         "preset": config.name,
-        "retained": layout.count("retained"),
-        "skipped": layout.count("skipped"),
+        "retained": layout.retained,
+        "skipped": layout.skipped,
         "layout": [list(run) for run in layout.runs],
         "dtype": dtype,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,18 +26,25 @@ def select_by_cls_attention(attention: Tensor, features: Tensor, keep: int) -> t
     Returns retained [B, keep, D], rest [B, N-keep, D], both in raster order, and the retained
     patches' indices [B, keep] int64, ascending in [0, N).
     """
-    order = layout_order(cls_attention_scores(attention), keep)
+    order = layout_order(cls_attention_scores(attention), [keep])
     patches = features[:, 1:]
     picked = patches.gather(1, order.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
     return picked[:, :keep], picked[:, keep:], order[:, :keep]
 
 
-def layout_order(scores: Tensor, keep: int) -> Tensor:
-    """Patch indices in layout order: the top `keep` by score, then the rest, each ascending.
+def layout_order(scores: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Patch indices in layout order: groups by descending score, each in raster order.
 
-    scores: [B, N] -> [B, N] int64, a permutation of each row's range(N).
+    scores: [B, N]; sizes: of the first groups, the rest is one more
+    -> [B, N] int64, a permutation of each row's range(N).
     """
-    chosen = torch.zeros_like(scores, dtype=torch.bool)
-    chosen.scatter_(1, scores.topk(keep, dim=1).indices, True)
-    # A stable sort of "is in the rest" keeps raster order within both groups.
-    return torch.sort((~chosen).to(torch.int8), dim=1, stable=True).indices
+    n = scores.shape[1]
+    ranked = scores.sort(dim=1, descending=True, stable=True).indices
+    group_of_rank = torch.zeros(n, dtype=torch.int64, device=scores.device)
+    start = 0
+    for size in sizes:
+        start += size
+        group_of_rank[start:] += 1
+    group = torch.empty_like(ranked).scatter_(1, ranked, group_of_rank.expand_as(ranked))
+    # Stable: raster order within each group.
+    return group.sort(dim=1, stable=True).indices

@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from skipvision_export.config import SkipVisionConfig
 from skipvision_export.errors import ModelError
+from skipvision_export.layout import TokenLayout
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,6 +48,7 @@ class ModelFamily:
 
     name: ClassVar[str]
     architectures: ClassVar[tuple[str, ...]]
+    tiled: ClassVar[bool] = False  # an image is a thumbnail and tiles, each with `visual_tokens`
 
     def check(self, config: Any) -> None:
         """Raise ModelError where a configuration of this family is not supported, with why."""
@@ -55,8 +58,16 @@ class ModelFamily:
         raise NotImplementedError
 
     def visual_tokens(self, config: Any) -> int:
-        """Visual tokens for each image, before any is merged."""
+        """Visual tokens for each image (each crop, where `tiled`), before any is merged."""
         raise NotImplementedError
+
+    def layout(self, hf_config: Any, config: SkipVisionConfig) -> TokenLayout:
+        """Resolve a configuration for a model; raises ConfigError where it does not fit."""
+        return config.layout(
+            self.visual_tokens(hf_config),
+            num_layers=self.decoder_dims(hf_config).num_layers,
+            tiled=self.tiled,
+        )
 
     def decoder_dims(self, config: Any) -> DecoderDims:
         """Sizes of the text decoder."""

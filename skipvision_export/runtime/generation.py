@@ -11,16 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from skipvision_export.bundle import Manifest
-from skipvision_export.config import TokenLayout
 from skipvision_export.graph.passes.names import (
     DECODE,
     EMBED,
-    FFN_INDEX,
     KV_KEEP_INDEX,
     PREFILL,
     VISION,
+    ffn_index_name,
     present_names,
 )
+from skipvision_export.layout import TokenLayout
 
 Ints = npt.NDArray[np.int64]
 Choose = Callable[[npt.NDArray[np.float32]], int]
@@ -70,19 +70,23 @@ class Transcript:
         return float(np.median(self.decode_ms)) if self.decode_ms else 0.0
 
 
-def prefill_indices(input_ids: Ints, image_token: int, layout: TokenLayout) -> tuple[Ints, Ints]:
-    """Rows that go through the FFN and positions whose K/V stay.
+def prefill_indices(input_ids: Ints, image_token: int, layout: TokenLayout) -> tuple[dict[int, Ints], Ints]:
+    """Rows that go through the FFN, for each tier of layers, and positions whose K/V stay.
 
-    input_ids: [1, S] with `layout.total` placeholders for each image -> ffn_index [M] and
-    kv_keep_index [1, K], both ascending.
+    input_ids: [1, S] with `layout.total` placeholders for each image -> ffn_index [M] by tier and
+    kv_keep_index [1, K], all ascending.
     """
     ids = input_ids[0]
-    skipped = np.zeros(ids.shape, bool)
     places = np.flatnonzero(ids == image_token)
-    if places.size:
-        skipped[places] = np.resize(layout.skipped_mask(), places.size)
-    kept = np.flatnonzero(~skipped).astype(np.int64)
-    return kept, kept[None, :]
+
+    def kept(flags: list[bool]) -> Ints:
+        keep = np.ones(ids.shape, bool)
+        if places.size:
+            keep[places] = np.resize(flags, places.size)
+        return np.flatnonzero(keep).astype(np.int64)
+
+    rows = {tier: kept(layout.ffn_mask(tier)) for tier in layout.used_tiers()}
+    return rows, kept(layout.kv_mask())[None, :]
 
 
 class Generator:
@@ -111,13 +115,13 @@ class Generator:
 
     def prefill(self, input_ids: Ints, features: Any) -> dict[str, Any]:
         """The outputs of decoder_prefill for a prompt [1, S]."""
-        ffn_index, keep = prefill_indices(input_ids, self.image_token, self.layout)
+        rows, keep = prefill_indices(input_ids, self.image_token, self.layout)
         length = input_ids.shape[1]
         feeds = {
             "inputs_embeds": self.embed(input_ids, features),
             "attention_mask": np.ones((1, length), np.int64),
             "position_ids": np.arange(length, dtype=np.int64)[None],
-            FFN_INDEX: ffn_index,
+            **{ffn_index_name(tier): index for tier, index in rows.items()},
             KV_KEEP_INDEX: keep,
         }
         return self.backend.run(PREFILL, feeds)

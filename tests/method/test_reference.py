@@ -191,7 +191,7 @@ def test_two_pictures_in_a_prompt(model, inputs):
 
 def test_selection_keeps_raster_order():
     scores = torch.tensor([[0.1, 0.9, 0.2, 0.8, 0.3]])
-    assert layout_order(scores, 2).tolist() == [[1, 3, 0, 2, 4]]
+    assert layout_order(scores, [2]).tolist() == [[1, 3, 0, 2, 4]]
     attention = torch.zeros(1, 2, 6, 6)
     attention[0, :, 0, 1:] = scores / 2
     features = torch.arange(6.0).reshape(1, 6, 1)

@@ -57,7 +57,7 @@ def test_indices():
     layout = SkipVisionConfig.counts(1, 2).layout(3)
     ids = np.array([[7, 3, 3, 3, 8, 9]])
     ffn, keep = prefill_indices(ids, 3, layout)
-    assert ffn.tolist() == [0, 1, 4, 5]
+    assert {tier: rows.tolist() for tier, rows in ffn.items()} == {1: [0, 1, 4, 5]}
     assert keep.tolist() == [[0, 1, 4, 5]]
 
 

@@ -15,6 +15,16 @@ DOMAIN = "skipvision"
 DOMAIN_VERSION = 1
 
 
+def ffn_index_name(tier: int) -> str:
+    """Input with the rows that go through the FFN of layers of `tier`; only policies have several."""
+    return FFN_INDEX if tier == 1 else f"{FFN_INDEX}.{tier}"
+
+
+def ffn_dim_name(tier: int) -> str:
+    """Name of that input's only dimension."""
+    return "ffn_tokens" if tier == 1 else f"ffn_tokens_{tier}"
+
+
 def present_names(prefix: str, layers: int) -> list[str]:
     """`prefix.0.key`, `prefix.0.value`, `prefix.1.key`, ..."""
     return [f"{prefix}.{i}.{kind}" for i in range(layers) for kind in ("key", "value")]

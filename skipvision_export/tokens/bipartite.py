@@ -1,0 +1,91 @@
+"""Merge by bipartite soft matching: the method's own merge."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from skipvision_export.errors import ConfigError
+from skipvision_export.tokens.ops import EPS, constant, take_rows, topk, transposed, unit_rows
+from skipvision_export.tokens.registry import Merge
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from onnx_ir import tape
+    from torch import Tensor
+
+
+class Bipartite(Merge):
+    """The most redundant tokens are averaged into the most similar of the others.
+
+    A token's redundancy is the sum of its cosine similarities to all others. The N-K most redundant
+    are sources, the other K destinations, which come out in the order of descending redundancy, each
+    as the plain mean of itself and its sources. With K = N the input comes back as it is.
+    Similarities are float32 whatever the type: in bfloat16 too few stay distinct. Source:
+    Skip-Vision, "choosing and merging" (the authors' RandomBipartiteSoftMatching, which is
+    deterministic); zero rows, which the authors do not guard, have similarity 0 to all.
+    """
+
+    name = "bipartite"
+
+    def merge(self, x: Tensor, keep: int) -> Tensor:
+        """[B, N, D] -> [B, keep, D]; raises ConfigError unless 0 < keep <= N."""
+        import torch
+        import torch.nn.functional as F
+
+        n = x.shape[1]
+        if not 0 < keep <= n:
+            raise ConfigError(f"cannot merge {n} tokens to {keep}; expected 1 to {n}")
+        if keep == n:
+            return x
+        with torch.no_grad():
+            unit = F.normalize(x.float(), dim=-1, eps=EPS)
+            similarity = unit @ unit.transpose(1, 2)
+            redundancy = similarity.sum(-1) - similarity.diagonal(dim1=1, dim2=2)
+            order = redundancy.sort(dim=1, descending=True, stable=True).indices
+            sources, targets = order[:, : n - keep], order[:, n - keep :]
+            rows = similarity.gather(1, sources.unsqueeze(-1).expand(-1, -1, n))
+            between = rows.gather(2, targets.unsqueeze(1).expand(-1, n - keep, -1))
+            nearest = between.argmax(-1)  # [B, N-K], a place in `targets`
+            count = torch.ones(x.shape[0], keep, device=x.device)
+            count.scatter_add_(1, nearest, torch.ones_like(nearest, dtype=count.dtype))
+        # Sums in float32 at least, so that a mean of many bfloat16 rows keeps its digits.
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+
+        def take(index: Tensor) -> Tensor:
+            return wide.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+        where = nearest.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        total = take(targets).scatter_add(1, where, take(sources))
+        return (total / count.unsqueeze(-1)).to(x.dtype)
+
+    def graph_merge(self, t: tape.Tape, x: ir.Value, keep: int) -> ir.Value:
+        """The same in ONNX: the assignment is a one-hot matrix, the sums are a product with it.
+
+        The number of tokens may be dynamic but must be above `keep`.
+        """
+        import onnx_ir as ir
+
+        unit = unit_rows(t, x)
+        similarity = t.op("MatMul", [unit, transposed(t, unit)])
+        own = t.op("ReduceSumSquare", [unit, constant(t, -1)], {"keepdims": 0})
+        redundancy = t.op("ReduceSum", [similarity, constant(t, -1)], {"keepdims": 0})
+        redundancy = t.op("Sub", [redundancy, own])
+        n = t.op("Shape", [x], {"start": 1, "end": 2})
+        k, zero, axis = constant(t, keep), constant(t, 0), constant(t, 1)
+        order = topk(t, redundancy, n)[1]
+        cut = t.op("Sub", [n, k])
+        sources = t.op("Slice", [order, zero, cut, axis])
+        targets = t.op("Slice", [order, cut, n, axis])
+        wide = t.op("Cast", [x], {"to": ir.DataType.FLOAT})
+        between = t.op("MatMul", [take_rows(t, unit, sources), transposed(t, take_rows(t, unit, targets))])
+        nearest = t.op("ArgMax", [between], {"axis": -1, "keepdims": 0})
+        ends = constant(t, 0, 1, dtype=np.float32)
+        assigned = t.op("OneHot", [nearest, k, ends], {"axis": -1})  # [B, N-K, K]
+        total = t.op("MatMul", [transposed(t, assigned), take_rows(t, wide, sources)])
+        total = t.op("Add", [total, take_rows(t, wide, targets)])
+        count = t.op("ReduceSum", [assigned, axis], {"keepdims": 0})
+        count = t.op("Add", [count, constant(t, 1, dtype=np.float32)])
+        mean = t.op("Div", [total, t.op("Unsqueeze", [count, constant(t, -1)])])
+        return t.op("CastLike", [mean, x])
