@@ -19,13 +19,13 @@ LAYERS = [
     {"config"},
     {"models", "method", "graph.passes", "validation"},
     {"bundle", "graph"},
-    {"runtime", "exporter"},
+    {"runtime", "exporter", "training"},
     {"benchmark"},
     {"report"},
     {"cli"},
 ]
-# method needs the facts of models; otherwise parts of one layer do not know each other.
-ALLOWED = {("method", "models"), ("exporter", "runtime")}
+# method needs the facts of models, training the prompts and data of runtime; otherwise parts of one layer do not know each other.
+ALLOWED = {("method", "models"), ("exporter", "runtime"), ("training", "runtime")}
 
 
 def part(module: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,7 +65,7 @@ def shuffled(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
     order = np.random.default_rng(seed).permutation(len(images))
     # Along one random cycle, so that no picture stays with its own questions.
     other = {images[a]: images[b] for a, b in zip(order, np.roll(order, 1), strict=True)}
-    return [Sample(other[s.image], s.question, s.answer, s.type) for s in samples]
+    return [replace(s, images=(other[s.image],)) for s in samples]
 
 
 class BundleAnswerer:

@@ -69,7 +69,7 @@ def load_model(source: ModelSource, dtype: str = "float32") -> Any:
         raise ModelError(f"{source.folder} has no *.safetensors weights")
     loader: Any = AutoModelForImageTextToText
     try:
-        with _quiet():
+        with quiet():
             model, info = loader.from_pretrained(
                 source.folder, dtype=getattr(torch, dtype), output_loading_info=True
             )
@@ -100,8 +100,8 @@ def load_processor(folder: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and warnings of transformers while it loads."""
+def quiet() -> Iterator[None]:
+    """No progress bars and warnings of transformers while it loads, saves or trains."""
     from transformers.utils import logging
 
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()

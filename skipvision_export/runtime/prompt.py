@@ -31,8 +31,19 @@ def load_image(image: str | Path | Image.Image) -> Image.Image:
     try:
         with Image.open(file) as picture:
             return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"picture {file} is truncated or no picture ({error})") from None
+
+
+def user_turn(question: str, images: int) -> dict[str, Any]:
+    """A question about pictures, which come first, as chat templates take it."""
+    return {"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": question}]}
+
+
+def chat_prompt(processor: Any, question: str, images: int) -> str:
+    """The chat template's prompt for a question, one placeholder for each picture."""
+    prompt: str = processor.apply_chat_template([user_turn(question, images)], add_generation_prompt=True)
+    return prompt
 
 
 def prepare(processor: Any, image: str | Path | Image.Image, prompt: str, visual_tokens: int) -> PromptInputs:
@@ -45,10 +56,7 @@ def prepare(processor: Any, image: str | Path | Image.Image, prompt: str, visual
         raise InputError("the prompt is empty; ask something about the picture")
     places = prompt.count(token)
     if places == 0 and processor.chat_template:
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        prompt = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
+        prompt = chat_prompt(processor, prompt, 1)
         places = prompt.count(token)
     if places != 1:
         raise InputError(

@@ -1,0 +1,94 @@
+"""Operations of a training step by formula; a multiply and an add are two operations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from skipvision_export.benchmark.flops import prefill_cost
+from skipvision_export.config import SkipVisionConfig
+from skipvision_export.layout import TokenLayout
+from skipvision_export.models import DecoderDims, VisionDims
+
+if TYPE_CHECKING:
+    from skipvision_export.training.run import Plan
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """Forward and backward of one sample; the optimizer is not counted."""
+
+    vision: int
+    projector: int
+    decoder: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.vision + self.projector + self.decoder + self.head
+
+
+def training_cost(
+    dims: DecoderDims,
+    vision: VisionDims,
+    layout: TokenLayout,
+    text_tokens: int,
+    answer_tokens: int,
+    *,
+    images: int = 1,
+    visual_tokens: int,
+    checkpointing: bool = False,
+) -> TrainingCost:
+    """Of a sample with `images` pictures, `text_tokens` beside them, `answer_tokens` of these labels.
+
+    Backward costs twice the forward: gradients of inputs and of weights. The vision tower is frozen,
+    forward only; the projector's first layer needs no gradient of its input. Attention counts the
+    whole square of the sequence, as `prefill_cost` does, and the head the answers only. With gradient
+    checkpointing the decoder's layers run forward once more.
+    """
+    head = 2 * dims.hidden_size * dims.vocab_size
+    many = TokenLayout(layout.runs * images, layout.tiers * images, layout.layer_tiers)
+    forward = prefill_cost(dims, many, text_tokens).prefill_flops - head
+    v, p = vision.hidden_size, vision.projector_hidden
+    first, second = (2 * images * visual_tokens * v * p, 2 * images * visual_tokens * p * p)
+    return TrainingCost(
+        vision=images * vision_forward(vision, visual_tokens),
+        projector=2 * first + 3 * second,
+        decoder=(4 if checkpointing else 3) * forward,
+        head=3 * head * answer_tokens,
+    )
+
+
+def vision_forward(vision: VisionDims, visual_tokens: int) -> int:
+    """Of one picture through the tower, as far as its features are used."""
+    rows, d = visual_tokens + vision.has_cls, vision.hidden_size
+    layer = 2 * rows * d * (4 * d + 2 * vision.intermediate_size) + 4 * rows * rows * d
+    patches = 2 * visual_tokens * 3 * vision.patch_size**2 * d
+    return patches + vision.num_layers * layer
+
+
+def flops_share(plan: Plan) -> float:
+    """A step of a plan over the same step of the dense model, for its data's mean sample."""
+    source, samples = plan.source, plan.data.samples
+    pictures = plan.data.images / len(samples)
+    text = sum(len(sample.ids) for sample in samples) / len(samples) - pictures
+    family, hf_config = source.family, source.config
+
+    def cost(config: SkipVisionConfig) -> int:
+        sizes: dict[str, Any] = {
+            "images": max(1, round(pictures)) if pictures else 0,
+            "visual_tokens": family.visual_tokens(hf_config),
+            "checkpointing": plan.settings.gradient_checkpointing,
+        }
+        answers = round(plan.data.answer_tokens() / len(samples))
+        return training_cost(
+            family.decoder_dims(hf_config),
+            family.vision_dims(hf_config),
+            family.layout(hf_config, config),
+            round(text),
+            answers,
+            **sizes,
+        ).total
+
+    return cost(plan.config) / cost(SkipVisionConfig.dense())
