@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import Trainer, TrainerCallback
 
 from skipvision_export.errors import ModelError
@@ -32,6 +35,19 @@ class SkipVisionTrainer(Trainer):
         """options: those of Trainer."""
         super().__init__(**options)
         self.patch, self.answers, self.run = patch, answers, run
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Trainer's hook; shards on a CPU as well where the launcher asks for FSDP.
+
+        accelerate takes FSDP for accelerators only and trains with DDP elsewhere without a word;
+        PyTorch can shard over gloo.
+        """
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if state.distributed_type == DistributedType.MULTI_CPU and fsdp_asked():
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin()
+            self.is_fsdp_enabled = True
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Trainer's hook for a checkpoint's weights; FSDP writes its own shards beside it."""
@@ -101,8 +117,9 @@ class SkipVisionTrainer(Trainer):
     def whole_state(self) -> dict[str, torch.Tensor]:
         """All weights by the model's own names; under FSDP in the main process only."""
         if self.is_fsdp_enabled:
-            state: dict[str, torch.Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
-            return state
+            # PyTorch's own, for both versions of FSDP: accelerate's leaves shards of the second one.
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            return get_model_state_dict(self.model_wrapped, options=options)
         return dict(self.model.state_dict())
 
     def _scores(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
@@ -113,6 +130,11 @@ class SkipVisionTrainer(Trainer):
         scores = torch.stack(self.answers.scores(rows, length), dim=1)
         # A row without labels only brings a picture along; see Collator.
         return self.accelerator.gather_for_metrics(scores[scores[:, 1] > 0])
+
+
+def fsdp_asked() -> bool:
+    """True under a launcher that asks for FSDP, such as `accelerate launch --use_fsdp`."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 class Reporter(TrainerCallback):
