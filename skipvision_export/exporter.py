@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -25,7 +24,7 @@ from skipvision_export.config import SkipVisionConfig
 from skipvision_export.errors import ConfigError
 from skipvision_export.graph.passes import PassContext
 from skipvision_export.graph.passes.names import DECODE, PREFILL
-from skipvision_export.models.loading import ModelSource, load_model, resolve_model
+from skipvision_export.models.loading import ModelSource, copy_companions, load_model, resolve_model
 
 if TYPE_CHECKING:
     from skipvision_export.graph.trace import Trace
@@ -33,16 +32,6 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "float16", "bfloat16")
 _TOOLS = ("skipvision-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
-# Copied as they are: what a runtime needs to turn a picture and a prompt into tensors and back.
-_COPIED = (
-    "config.json",
-    "generation_config.json",
-    "*token*",
-    "vocab*",
-    "merges.txt",
-    "*processor*",
-    "chat_template*",
-)
 
 Progress = Callable[[str], None]
 
@@ -76,10 +65,7 @@ class TracedModel:
         graphs = rewrite(self.trace, context).graphs
         with atomic_folder(out, force) as folder:
             infos = write_graphs(graphs, folder, (PREFILL, DECODE), "decoder.onnx_data")
-            for pattern in _COPIED:
-                for file in self.source.folder.glob(pattern):
-                    if file.is_file():
-                        shutil.copyfile(file, folder / file.name)
+            copy_companions(self.source.folder, folder)
             manifest = Manifest(
                 source=SourceInfo(
                     name=self.source.name,

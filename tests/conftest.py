@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from questions import write_questions
 from tiny import write_tiny
 
 from skipvision_export.config import SkipVisionConfig
@@ -16,6 +19,8 @@ from skipvision_export.exporter import TracedModel, trace_model
 from skipvision_export.models.loading import resolve_model
 from skipvision_export.runtime.pipeline import Bundle
 from skipvision_export.runtime.torch_reference import TorchReference
+from skipvision_export.training.run import Plan, plan
+from skipvision_export.training.settings import FinetuneSettings
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny_vlm"
 
@@ -62,3 +67,20 @@ def reference(traced: TracedModel) -> TorchReference:
 def trained() -> TracedModel:
     """The committed checkpoint, traced."""
     return trace_model(resolve_model(EXAMPLE / "checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def questions_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten questions with one picture, several or none, to train on."""
+    return write_questions(tmp_path_factory.mktemp("questions"))
+
+
+@pytest.fixture(scope="session")
+def planned(tiny_folder: Path, questions_folder: Path) -> Callable[..., Plan]:
+    """`planned(preset, **settings)`: a training run of the random model on these questions."""
+
+    def make(preset: str = "quarter", **settings: Any) -> Plan:
+        config = SkipVisionConfig.preset(preset)
+        return plan(resolve_model(tiny_folder), config, FinetuneSettings(**settings), questions_folder)
+
+    return make

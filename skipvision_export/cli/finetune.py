@@ -24,7 +24,8 @@ from skipvision_export.config import PRESETS
 def finetune(
     model: ModelArgument,
     data: Annotated[
-        Path, typer.Option(metavar="DIR", help="Imagefolder: metadata.jsonl with file_name, question, answer.")
+        Path,
+        typer.Option(metavar="DIR", help="Imagefolder: metadata.jsonl with file_name, question, answer."),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Output folder.")],
     preset: Annotated[
@@ -56,9 +57,7 @@ def finetune(
         bool, typer.Option("--train-skip-kv", help="Answers do not see skipped tokens, as in decode.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Order of the data and beginnings of adapters.")] = 0,
-    save_every: Annotated[
-        int, typer.Option(help="Steps between checkpoints; 0: a tenth of the run.")
-    ] = 0,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0: a tenth of the run.")] = 0,
     workers: Annotated[int, typer.Option(help="Processes that load pictures.")] = 0,
     skip_broken: Annotated[
         bool, typer.Option("--skip-broken", help="Leave broken rows of the data out.")

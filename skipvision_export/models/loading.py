@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,16 @@ from typing import Any
 
 from skipvision_export.errors import ModelError
 from skipvision_export.models.registry import ModelFamily, family_of
+
+_COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "*token*",
+    "vocab*",
+    "merges.txt",
+    "*processor*",
+    "chat_template*",
+)
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,14 @@ def load_processor(folder: Path) -> Any:
         return AutoProcessor.from_pretrained(folder)
     except Exception as error:  # transformers raises many kinds on a broken processor
         raise ModelError(f"the processor in {folder} cannot be loaded: {_first_line(error)}") from None
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy a model folder's files beside its weights: what turns pictures and prompts into tensors."""
+    for pattern in _COMPANIONS:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
 
 
 @contextlib.contextmanager

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from skipvision_export.errors import SkipVisionError
+from skipvision_export.errors import ConfigError, SkipVisionError
 from skipvision_export.method import (
     apply_skip_vision,
     attach_summary,
@@ -17,7 +18,7 @@ from skipvision_export.method import (
     saved_summary,
 )
 from skipvision_export.method.summary import SummaryTokens
-from skipvision_export.models.loading import load_model, quiet
+from skipvision_export.models.loading import copy_companions, load_model, quiet
 from skipvision_export.training.answers import answers_only
 from skipvision_export.training.collate import Collator
 from skipvision_export.training.output import RunFolder
@@ -41,6 +42,7 @@ class Session:
             from skipvision_export.training.trainer import Reporter, SkipVisionTrainer
         except ImportError as error:
             raise SkipVisionError(f"training needs {error.name}; install skipvision-export[train]") from None
+        _check_fsdp()
         self.progress("loading weights")
         model = self._model()
         set_seed(settings.seed)  # adapters begin at random
@@ -145,23 +147,21 @@ class Session:
             summary.load_state_dict({name: tensor.cpu() for name, tensor in summary_state.items()})
         with self.run.scratch() as scratch:
             folder = Path(scratch)
-            _save_model(plan, own, folder)
-            plan.processor.save_pretrained(folder)
+            _save_weights(plan, own, folder)
+            copy_companions(plan.source.folder, folder)
             save_skip_vision(folder, plan.config, summary)
             self.run.finish(folder, keep_checkpoints)
 
 
-def _save_model(plan: Plan, state: dict[str, Any], folder: Path) -> None:
+def _save_weights(plan: Plan, state: dict[str, Any], folder: Path) -> None:
     """Write weights through an empty model of the same class: the trained one may be wrapped."""
-    from transformers import AutoModelForImageTextToText, GenerationConfig
+    from transformers import AutoModelForImageTextToText
 
     loader: Any = AutoModelForImageTextToText
     with torch.device("meta"):
-        model = loader.from_config(plan.source.config)
+        model = loader.from_config(deepcopy(plan.source.config))  # saving changes it
     model.load_state_dict(state, assign=True)
     model.tie_weights()
-    if (plan.source.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(plan.source.folder)
     model.save_pretrained(folder)
 
 
@@ -173,6 +173,13 @@ def _checkpointing(on: bool) -> dict[str, Any]:
     return {f"{kind}_checkpointing": on, f"{kind}_checkpointing_kwargs": {"use_reentrant": False}}
 
 
+def _check_fsdp() -> None:
+    """Raise ConfigError for what PyTorch cannot do without an accelerator."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if asked and not torch.cuda.is_available() and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ConfigError("FSDP 1 needs a GPU, PyTorch cannot shard with it on a CPU; use --fsdp_version 2")
+
+
 def _wrap_decoder_layers(layers: Any) -> None:
     """Have FSDP shard by decoder layers, unless the launcher names something else."""
     os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", type(layers[0]).__name__)
@@ -182,4 +189,3 @@ def _without_printing(trainer: Any) -> None:
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-

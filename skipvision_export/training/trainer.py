@@ -31,7 +31,9 @@ class SkipVisionTrainer(Trainer):
     through `save_pretrained`, which renames a VLM's weights, and resuming would not find them.
     """
 
-    def __init__(self, *, patch: SkipVisionState, answers: AnswerRows, run: RunFolder, **options: Any) -> None:
+    def __init__(
+        self, *, patch: SkipVisionState, answers: AnswerRows, run: RunFolder, **options: Any
+    ) -> None:
         """options: those of Trainer."""
         super().__init__(**options)
         self.patch, self.answers, self.run = patch, answers, run
