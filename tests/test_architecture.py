@@ -24,7 +24,8 @@ LAYERS = [
     {"report"},
     {"cli"},
 ]
-# method needs the facts of models, training the prompts and data of runtime; otherwise parts of one layer do not know each other.
+# method needs the facts of models, training the prompts and data of runtime; otherwise parts of one
+# layer do not know each other.
 ALLOWED = {("method", "models"), ("exporter", "runtime"), ("training", "runtime")}
 
 

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 TEXT_TOKENS = 64
 
 
-def write_sibling(folder: Path, seed: int = 0) -> int:
-    """Save a LLaVA of about 32 M parameters and 576 visual tokens; returns its parameters.
+@dataclass(frozen=True)
+class SiblingSizes:
+    """About 33 M parameters by default; the decoder is wide against its tower as real ones are."""
 
-    The decoder is wide against its vision tower as real ones are: there the FLOPs are.
-    """
+    hidden: int = 512
+    intermediate: int = 1792
+    layers: int = 8
+    heads: int = 8
+    vision_hidden: int = 192
+    vision_layers: int = 4
+    vocab: int = 2048
+
+
+def sibling_model(sizes: SiblingSizes, seed: int = 0) -> Any:
+    """A LLaVA of random weights with 576 visual tokens for each picture; placeholder 3."""
     import torch
     from transformers import (
         CLIPVisionConfig,
@@ -24,21 +35,21 @@ def write_sibling(folder: Path, seed: int = 0) -> int:
     config_class: Any = LlavaConfig
     config = config_class(
         vision_config=CLIPVisionConfig(
-            hidden_size=192,
-            intermediate_size=768,
-            num_hidden_layers=4,
+            hidden_size=sizes.vision_hidden,
+            intermediate_size=4 * sizes.vision_hidden,
+            num_hidden_layers=sizes.vision_layers,
             num_attention_heads=4,
             image_size=336,
             patch_size=14,
-            projection_dim=192,
+            projection_dim=sizes.vision_hidden,
         ),
         text_config=LlamaConfig(
-            hidden_size=512,
-            intermediate_size=1792,
-            num_hidden_layers=8,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            vocab_size=2048,
+            hidden_size=sizes.hidden,
+            intermediate_size=sizes.intermediate,
+            num_hidden_layers=sizes.layers,
+            num_attention_heads=sizes.heads,
+            num_key_value_heads=sizes.heads // 2,
+            vocab_size=sizes.vocab,
             max_position_embeddings=2048,
             pad_token_id=0,
             bos_token_id=1,
@@ -50,6 +61,11 @@ def write_sibling(folder: Path, seed: int = 0) -> int:
         vision_feature_select_strategy="default",
     )
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config)
+    return LlavaForConditionalGeneration(config)
+
+
+def write_sibling(folder: Path, seed: int = 0) -> int:
+    """Save the default one; returns its parameters."""
+    model = sibling_model(SiblingSizes(), seed)
     model.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())

@@ -55,7 +55,7 @@ class SkipVisionTrainer(Trainer):
         """Trainer's hook for a checkpoint's weights; FSDP writes its own shards beside it."""
         if self.is_fsdp_enabled or not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.cpu().contiguous() for name, tensor in trainable_state(self.model).items()}
         save_file(state, folder / WEIGHTS)
@@ -79,7 +79,9 @@ class SkipVisionTrainer(Trainer):
             (folder / COMPLETE).touch()
             self.run.drop_old(KEEP)
 
-    def evaluate(self, eval_dataset: Any = None, **options: Any) -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Loss for each token of an answer, and the share of answers whose every token is the likeliest.
 
         Answers see what decode sees, so that share is exact match of greedy generation.
@@ -121,7 +123,8 @@ class SkipVisionTrainer(Trainer):
         if self.is_fsdp_enabled:
             # PyTorch's own, for both versions of FSDP: accelerate's leaves shards of the second one.
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            return get_model_state_dict(self.model_wrapped, options=options)
+            state: dict[str, Any] = get_model_state_dict(self.model_wrapped, options=options)
+            return state
         return dict(self.model.state_dict())
 
     def _scores(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:

@@ -1,0 +1,185 @@
+"""Time training steps with text-only FFN paths against dense ones, beside the analytic saving.
+
+Run from the repository's root on an idle machine, about six minutes on two cores:
+
+python benchmarks/training_cpu.py --json benchmarks/results/training_cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from skipvision_export.benchmark.sibling import TEXT_TOKENS, SiblingSizes, sibling_model
+from skipvision_export.benchmark.timing import machine
+from skipvision_export.benchmark.training_flops import training_cost
+from skipvision_export.config import SkipVisionConfig
+from skipvision_export.method import apply_skip_vision, attach_summary
+from skipvision_export.models import family_of
+from skipvision_export.training.answers import answers_only
+from skipvision_export.training.trainable import choose_trainable
+
+FAMILY = family_of(["LlavaForConditionalGeneration"], "the benchmark")
+SIZES = {
+    "512x8": SiblingSizes(),
+    "1024x5": SiblingSizes(1024, 3072, 5, 16, vision_hidden=256, vision_layers=5),
+    "tiny": SiblingSizes(64, 192, 2, 4, vision_hidden=32, vision_layers=2),  # to try the script
+}
+VARIANTS = {
+    "dense": SkipVisionConfig.dense(),
+    **{name: SkipVisionConfig.preset(name) for name in ("skip-50", "skip-75", "skip-90", "quarter")},
+}
+ANSWER_TOKENS = 16
+
+
+class Steps:
+    """Full training steps of one model: forward, backward, AdamW; the tower is frozen."""
+
+    def __init__(self, size: str) -> None:
+        """size: a key of SIZES."""
+        self.model = sibling_model(SIZES[size]).train()
+        attach_summary(self.model)
+        choose_trainable(self.model, FAMILY)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=True)
+
+    def batch(self, config: SkipVisionConfig) -> dict[str, torch.Tensor]:
+        """One picture, 64 text tokens, the last 16 of them labels."""
+        generator = torch.Generator().manual_seed(0)
+        text = torch.randint(4, 2000, (1, TEXT_TOKENS), generator=generator)
+        visual = torch.full((1, FAMILY.layout(self.model.config, config).total), 3)
+        ids = torch.cat([text[:, :16], visual, text[:, 16:]], 1)
+        labels = torch.full_like(ids, -100)
+        labels[:, -ANSWER_TOKENS:] = ids[:, -ANSWER_TOKENS:]
+        pixels = torch.randn(1, 3, 336, 336, generator=generator)
+        mask = torch.ones_like(ids)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels, "pixel_values": pixels}
+
+    def step(self, config: SkipVisionConfig, batch: dict[str, torch.Tensor]) -> float:
+        """Seconds of one step."""
+        with apply_skip_vision(self.model, config), answers_only(self.model):
+            start = time.perf_counter()
+            self.model(**batch, use_cache=False).loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            return time.perf_counter() - start
+
+    def cost(self, config: SkipVisionConfig) -> Any:
+        """Operations of a step, the optimizer apart."""
+        hf_config = self.model.config
+        return training_cost(
+            FAMILY.decoder_dims(hf_config),
+            FAMILY.vision_dims(hf_config),
+            FAMILY.layout(hf_config, config),
+            TEXT_TOKENS,
+            ANSWER_TOKENS,
+            visual_tokens=FAMILY.visual_tokens(hf_config),
+        )
+
+
+def measure(size: str, rounds: int, warmup: int) -> dict[str, Any]:
+    """Interleaved rounds over all variants, the order turned around every time."""
+    steps = Steps(size)
+    batches = {name: steps.batch(config) for name, config in VARIANTS.items()}
+    times: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for turn in range(warmup + rounds):
+        print(f"{size}: round {turn + 1} of {warmup + rounds}", file=sys.stderr)
+        for name in list(VARIANTS)[:: 1 if turn % 2 else -1]:
+            seconds = steps.step(VARIANTS[name], batches[name])
+            if turn >= warmup:
+                times[name].append(seconds)
+    dense_cost, dense = steps.cost(VARIANTS["dense"]).total, np.array(times["dense"])
+    runs = {}
+    for name, config in VARIANTS.items():
+        each, cost = np.array(times[name]), steps.cost(config)
+        ratios = each / dense
+        saved, analytic = 1 - float(np.median(ratios)), 1 - cost.total / dense_cost
+        runs[name] = {
+            "step_ms": 1e3 * float(np.median(each)),
+            "step_ms_spread": [1e3 * float(np.percentile(each, p)) for p in (10, 90)],
+            "ratio": float(np.median(ratios)),
+            "ratio_spread": [float(np.percentile(ratios, p)) for p in (10, 90)],
+            "ratios": [round(float(ratio), 4) for ratio in ratios],
+            "flops": cost.total,
+            "flops_by_part": vars(cost),
+            "measured_saving": saved,
+            "analytic_saving": analytic,
+            "measured_over_analytic": saved / analytic if analytic else None,
+            "peak_rss_mb": peak_memory(size, name),
+        }
+    parameters = sum(p.numel() for p in steps.model.parameters())
+    return {"sizes": vars(SIZES[size]), "parameters": parameters, "runs": runs}
+
+
+def peak_memory(size: str, variant: str) -> float:
+    """Peak resident memory in MiB of a process of its own that takes two steps."""
+    command = [sys.executable, __file__, "--memory", size, variant]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout)["peak_rss_mb"])
+
+
+def one_variant(size: str, variant: str) -> dict[str, float]:
+    """What `peak_memory` runs."""
+    steps, config = Steps(size), VARIANTS[variant]
+    for _ in range(2):
+        steps.step(config, steps.batch(config))
+    scale = 1 << 20 if sys.platform == "darwin" else 1 << 10  # macOS counts bytes, Linux kilobytes
+    return {"peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["512x8", "1024x5"])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--memory", nargs=2, metavar=("SIZE", "VARIANT"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory:
+        print(json.dumps(one_variant(*args.memory)))
+        return
+    start = time.monotonic()
+    results = {size: measure(size, args.rounds, args.warmup) for size in args.sizes}
+    for size, result in results.items():
+        for name, row in result["runs"].items():
+            share = row["measured_over_analytic"]
+            print(
+                f"{size} {name:<8} {row['step_ms']:7.0f} ms  saved {row['measured_saving']:6.1%} of "
+                f"{row['analytic_saving']:6.1%}  {'' if share is None else f'= {share:.2f}'}  "
+                f"peak {row['peak_rss_mb']:.0f} MB"
+            )
+    shares = [
+        row["measured_over_analytic"]
+        for result in results.values()
+        for row in result["runs"].values()
+        if row["measured_over_analytic"] is not None
+    ]
+    whole = {
+        "machine": {**machine(), "threads": torch.get_num_threads()},
+        "settings": {
+            "text_tokens": TEXT_TOKENS,
+            "visual_tokens": 576,
+            "answer_tokens": ANSWER_TOKENS,
+            "rounds": args.rounds,
+            "warmup": args.warmup,
+        },
+        "seconds": round(time.monotonic() - start),
+        "least_measured_over_analytic": min(shares),
+        "sizes": results,
+    }
+    if args.json:
+        args.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
