@@ -23,6 +23,7 @@ LAYERS = [
     {"benchmark"},
     {"report"},
     {"cli"},
+    {"__main__"},
 ]
 # method needs the facts of models, training the prompts and data of runtime; otherwise parts of one
 # layer do not know each other.

@@ -18,7 +18,8 @@ from skipvision_export.cli.common import (
     finish,
     si,
 )
-from skipvision_export.config import PRESETS
+from skipvision_export.config import PRESETS, SkipVisionConfig
+from skipvision_export.errors import ConfigError
 
 
 def finetune(
@@ -30,6 +31,9 @@ def finetune(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Output folder.")],
     preset: Annotated[
         str | None, typer.Option(help=f"One of {', '.join(PRESETS)}; `inspect` tells which fit.")
+    ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A policy or configuration, as JSON.")
     ] = None,
     retained: Annotated[int | None, typer.Option(help="Visual tokens that stay whole.")] = None,
     skipped: Annotated[int | None, typer.Option(help="Visual tokens that skip the FFN.")] = None,
@@ -85,7 +89,12 @@ def finetune(
     from skipvision_export.training import run
     from skipvision_export.training.settings import FinetuneSettings
 
-    config = choose_config(preset, retained, skipped, dense)
+    if policy is None:
+        config = choose_config(preset=preset, retained=retained, skipped=skipped, dense=dense)
+    elif preset is not None or retained is not None or skipped is not None or dense:
+        raise ConfigError("--policy FILE stands alone: leave --preset, --retained, --skipped and --dense out")
+    else:
+        config = SkipVisionConfig.load(policy)
     settings = FinetuneSettings(
         learning_rate=lr,
         epochs=epochs,

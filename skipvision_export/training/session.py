@@ -69,13 +69,13 @@ class Session:
                 callbacks=[Reporter(self.run, self.progress), *callbacks],
             )
             _without_printing(trainer)
-            done = trainer.train(resume_from_checkpoint=str(last) if last else None)
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
             metrics = trainer.last_evaluation()
             state = trainer.whole_state()
             if trainer.is_world_process_zero():
                 self._write(state, keep_checkpoints)
             trainer.accelerator.wait_for_everyone()
-        return {"steps": trainer.state.global_step, "train_loss": done.training_loss, **metrics}
+        return {"steps": trainer.state.global_step, "train_loss": trainer.last_loss(), **metrics}
 
     def _model(self) -> Any:
         """The model in float32, with the summary tokens that the layout needs."""

@@ -31,6 +31,8 @@ class SkipVisionTrainer(Trainer):
     through `save_pretrained`, which renames a VLM's weights, and resuming would not find them.
     """
 
+    model: Any  # always there, which Trainer's own annotation does not say
+
     def __init__(
         self, *, patch: SkipVisionState, answers: AnswerRows, run: RunFolder, **options: Any
     ) -> None:
@@ -110,6 +112,11 @@ class SkipVisionTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def last_loss(self) -> float:
+        """The last logged loss for each answer token; the same for a resumed run."""
+        losses = [row["loss"] for row in self.state.log_history if "loss" in row]
+        return float(losses[-1]) if losses else math.nan
 
     def last_evaluation(self) -> dict[str, float]:
         """The numbers of `evaluate` at the last step, without doing it twice."""

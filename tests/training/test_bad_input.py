@@ -103,10 +103,21 @@ def test_bad_options(capsys, tiny_folder, folder, tmp_path):
         (("--dtype", "float16"), "dtype"),
         (("--lora-rank", -1), "LoRA rank"),
         (("--dense",), "exactly one"),
+        (("--policy", folder / "x.json"), "stands alone"),
         (("--resume",), "no interrupted run"),
     ):
         args = ("--preset", "quarter", *options)
         refused(capsys, words, tiny_folder, folder, tmp_path / "out", *args)
+    refused(capsys, "configuration", tiny_folder, folder, tmp_path / "out", "--policy", folder / "x.json")
+
+
+def test_a_policy_trains(tiny_folder, questions_folder, tmp_path):
+    """Per layer a share of its own, as `calibrate` writes it."""
+    file, out = tmp_path / "policy.json", tmp_path / "out"
+    file.write_text(json.dumps({"name": "mine", "layer_shares": [0.0, 0.5, 0.75]}))
+    assert finetune(tiny_folder, questions_folder, out, "--policy", file, "--max-steps", 1) == 0
+    saved = json.loads((out / "skip_vision_config.json").read_text())
+    assert saved["layer_shares"] == [0.0, 0.5, 0.75]
 
 
 def test_dry_run(capsys, tiny_folder, questions_folder, tmp_path):

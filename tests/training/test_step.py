@@ -12,6 +12,7 @@ from skipvision_export.training.collate import IGNORED, Collator
 from skipvision_export.training.trainable import choose_trainable, merge_lora, trainable_state
 
 CONFIG = SkipVisionConfig.preset("skip-75")
+QUARTER = SkipVisionConfig.preset("quarter").layout(64).total
 FAMILY = family_of(["LlavaForConditionalGeneration"], "")
 
 
@@ -175,7 +176,7 @@ def test_a_batch_without_pictures_gives_every_weight_a_gradient(encoded):
     config = SkipVisionConfig.preset("quarter")
     model = new_model(config)
     text = [encoded[4]]
-    batch = batch_of(text, 27)
+    batch = batch_of(text, QUARTER)
     assert batch["pixel_values"].shape[0] == 1 and batch["labels"].shape[0] == 2
     loss, grads = step(model, batch, config)
     assert grads.keys() == trainable_state(model).keys()
@@ -207,7 +208,7 @@ def test_train_skip_kv_and_bfloat16(encoded, strict):
 def test_lora_trains_adapters_and_merges(encoded):
     config = SkipVisionConfig.preset("quarter")
     torch.manual_seed(0)
-    model, batch = new_model(config, lora_rank=2), batch_of(encoded[:2], 27)
+    model, batch = new_model(config, lora_rank=2), batch_of(encoded[:2], QUARTER)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     names = trainable_state(model)
     assert {name.split(".")[-3] for name in names if "lora" in name} == {"lora_A", "lora_B"}
