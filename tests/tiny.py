@@ -16,6 +16,10 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
@@ -61,10 +65,22 @@ def tiny_config(**text: Any) -> LlavaConfig:
     )
 
 
+def tiny_next_config(image_size: int = 96, patch_size: int = 12) -> LlavaNextConfig:
+    """The same, as LLaVA-NeXT: a thumbnail and two to four tiles."""
+    values = tiny_config().to_dict()
+    values["vision_config"] |= {"image_size": image_size, "patch_size": patch_size}
+    del values["model_type"], values["image_seq_length"]
+    side = image_size
+    grids = [[side, 2 * side], [2 * side, side], [2 * side, 2 * side], [3 * side, side]]
+    return LlavaNextConfig(**values, image_grid_pinpoints=grids)
+
+
 def tiny_model(config: LlavaConfig | None = None, seed: int = 0) -> LlavaForConditionalGeneration:
     """Random weights, matrices three times the stock scale."""
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config or tiny_config()).eval()
+    config = config or tiny_config()
+    tiled = isinstance(config, LlavaNextConfig)
+    model = (LlavaNextForConditionalGeneration if tiled else LlavaForConditionalGeneration)(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
@@ -102,6 +118,24 @@ def tiny_processor(image_size: int = 96, patch_size: int = 12) -> LlavaProcessor
     return LlavaProcessor(
         images,
         fast,
+        patch_size=patch_size,
+        vision_feature_select_strategy="default",
+        chat_template=TEMPLATE,
+        image_token="<image>",
+        num_additional_image_tokens=1,
+    )
+
+
+def tiny_next_processor(image_size: int = 96, patch_size: int = 12) -> LlavaNextProcessor:
+    """PIL image processor that cuts tiles."""
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": image_size},
+        crop_size={"height": image_size, "width": image_size},
+        image_grid_pinpoints=tiny_next_config(image_size, patch_size).image_grid_pinpoints,
+    )
+    return LlavaNextProcessor(
+        images,
+        tiny_processor().tokenizer,
         patch_size=patch_size,
         vision_feature_select_strategy="default",
         chat_template=TEMPLATE,

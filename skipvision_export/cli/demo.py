@@ -12,7 +12,7 @@ import typer
 from skipvision_export.bundle import atomic_folder
 from skipvision_export.cli.common import ForceOption, JsonOption, Progress, finish, to_json
 from skipvision_export.config import SkipVisionConfig
-from skipvision_export.errors import CheckFailed, InputError
+from skipvision_export.errors import CheckFailed, ConfigError, InputError
 
 _EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tiny_vlm"
 
@@ -20,12 +20,19 @@ _EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tiny_vlm"
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Output folder.")],
     checkpoint: Annotated[
-        Path, typer.Option(metavar="MODEL", help="Model to show.", show_default=False)
+        Path, typer.Option(metavar="MODEL", help="The dense model.", show_default=False)
     ] = _EXAMPLE / "checkpoint",
+    finetuned: Annotated[
+        Path | None,
+        typer.Option(metavar="MODEL", help="The same after `finetune`, with its configuration."),
+    ] = None,
     data: Annotated[
         Path, typer.Option(metavar="DIR", help="Its held-out questions.", show_default=False)
     ] = _EXAMPLE / "test",
-    preset: Annotated[str, typer.Option(help="Preset to compare with dense.")] = "skip-75",
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Compare with this preset on the dense checkpoint instead, without training."),
+    ] = None,
     questions: Annotated[int | None, typer.Option(min=8, help="Only the first N held-out questions.")] = None,
     parity_questions: Annotated[
         int, typer.Option(min=1, help="Questions on which the gaps are measured.")
@@ -36,24 +43,30 @@ def demo(
 ) -> None:
     """Show the whole idea on the shipped tiny VLM: export, prove, measure; writes DIR/report.html.
 
-    Exports a trained model dense and with skipping, compares both with PyTorch, asks 1,000 held-out
-    questions about pictures, and times a larger sibling with random weights. About four minutes on
-    two cores.
+    Exports a trained model dense, and its Skip-Vision fine-tune with the preset that it carries;
+    compares both with PyTorch, asks 1,000 held-out questions about pictures, and times a larger
+    sibling with random weights. About four minutes on two cores.
     """
-    if not (checkpoint.is_dir() and data.is_dir()):
+    if finetuned is None and preset is None:
+        finetuned = _EXAMPLE / "finetuned"
+    elif finetuned is not None and preset is not None:
+        raise ConfigError("choose --finetuned MODEL or --preset NAME, not both")
+    chosen = checkpoint if finetuned is None else finetuned
+    if not (checkpoint.is_dir() and chosen.is_dir() and data.is_dir()):
         raise InputError(
-            f"the demo needs the tiny VLM at {checkpoint} and its questions at {data}; run it from a "
-            "clone of the repository, or give --checkpoint and --data"
+            f"the demo needs the tiny VLM at {checkpoint} and {chosen} and its questions at {data}; run it "
+            "from a clone of the repository, or give --checkpoint, --finetuned and --data"
         )
-    config = SkipVisionConfig.preset(preset)
+    config = SkipVisionConfig.preset(preset) if preset is not None else _saved(chosen)
     progress = Progress()
     with atomic_folder(output, force) as folder:
         result, passed = run_demo(
-            folder, checkpoint, data, config, questions, parity_questions, rounds, progress
+            folder, checkpoint, chosen, data, config, questions, parity_questions, rounds, progress
         )
         result = {
             "report": _from_here(output / "report.html"),
             "checkpoint": _from_here(checkpoint),
+            "finetuned": _from_here(chosen),
             **result,
         }
         (folder / "demo.json").write_text(to_json(result), encoding="utf-8")
@@ -81,6 +94,7 @@ def demo(
 def run_demo(
     folder: Path,
     checkpoint: Path,
+    finetuned: Path,
     data: Path,
     config: SkipVisionConfig,
     questions: int | None,
@@ -88,7 +102,10 @@ def run_demo(
     rounds: int,
     progress: Progress,
 ) -> tuple[dict[str, Any], bool]:
-    """Fill `folder` with bundles and the report; returns the result and whether all gaps passed."""
+    """Fill `folder` with bundles and the report; returns the result and whether all gaps passed.
+
+    checkpoint: what the dense bundle is made of; finetuned: what the skipping one is, maybe the same.
+    """
     from skipvision_export.benchmark import accuracy, sibling
     from skipvision_export.benchmark.parity import measure_gaps, prompts_from
     from skipvision_export.benchmark.timing import BenchSettings, bench
@@ -101,6 +118,8 @@ def run_demo(
     samples = load_imagefolder(data, questions)
     traced = trace_model(resolve_model(checkpoint), progress=progress)
     dense = traced.write(folder / "dense", SkipVisionConfig.dense())
+    if finetuned != checkpoint:
+        traced = trace_model(resolve_model(finetuned), progress=partial(_tell, progress, "fine-tuned"))
     skip = traced.write(folder / "skip", config)
 
     reference = TorchReference(traced.source, traced.model)
@@ -151,6 +170,16 @@ def run_demo(
         "sibling": {"parameters": parameters, **times},
     }
     return result, parity.passed
+
+
+def _saved(folder: Path) -> SkipVisionConfig:
+    """The configuration that a fine-tuned checkpoint carries; raises ConfigError where it has none."""
+    from skipvision_export.method import saved_config
+
+    config = saved_config(folder)
+    if config is None:
+        raise ConfigError(f"{folder} carries no Skip-Vision configuration; give --preset NAME")
+    return config
 
 
 def _from_here(path: Path) -> str:

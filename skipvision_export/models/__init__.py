@@ -1,6 +1,7 @@
 """Model families, registered by importing their file here."""
 
 from skipvision_export.models import llava as llava
+from skipvision_export.models import llava_next as llava_next
 from skipvision_export.models.registry import (
     DecoderDims,
     ModelFamily,

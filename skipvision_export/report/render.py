@@ -52,6 +52,8 @@ def render_report(
         preset=manifest.preset,
         retained=manifest.roles.retained,
         skipped=manifest.roles.skipped,
+        summaries=manifest.layout.summaries,
+        merged=manifest.roles.retained + manifest.roles.skipped < manifest.model.visual_tokens,
         visual=manifest.model.visual_tokens,
         machine=f"{machine['cpu']}, {machine['cores']} cores",
         passed=parity.passed,

@@ -75,7 +75,7 @@ class StaticSelector(Selector):
         import torch
 
         n, v, _ = image.features.shape
-        scores = torch.from_numpy(self.static_scores(v, image.seed))
+        scores = torch.tensor(self.static_scores(v, image.seed))
         return scores.to(image.features.device).expand(n, v)
 
     def graph_scores(self, t: tape.Tape, image: GraphImage) -> ir.Value:

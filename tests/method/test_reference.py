@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from plain import plain_logits
 from tiny import tiny_model
 from transformers import DynamicCache
 
@@ -33,45 +34,13 @@ def gap(a, b):
     return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
 
 
-@torch.no_grad()
-def plain_reading(model, inputs, tokens):
-    """Logits of each step with no pruned cache and no gathered rows: masks only.
-
-    The whole sequence runs at once; skipped rows have their MLP output zeroed, and generated tokens
-    are kept by a 4D mask from seeing skipped ones.
-    """
-    tower = model.model.vision_tower
-    model.set_attn_implementation("eager")
-    out = tower(inputs["pixel_values"], output_hidden_states=True, output_attentions=True)
-    features = model.model.multi_modal_projector(out.hidden_states[-2])
-    retained, rest, _ = select_by_cls_attention(out.attentions[-2], features, 16)
-    ids = torch.cat([inputs["input_ids"], torch.tensor([tokens[:-1]])], 1)
-    length, prompt = ids.shape[1], inputs["input_ids"].shape[1]
-    embeds = model.get_input_embeddings()(ids).clone()
-    embeds[ids == 3] = torch.cat([retained, rest], 1)[0]
-    skipped = torch.zeros(length, dtype=torch.bool)
-    skipped[3 + 16 : 3 + 64] = True
-    seen = torch.ones(length, length).tril().bool()
-    seen[prompt:, skipped] = False
-    mask = torch.zeros(1, 1, length, length).masked_fill(~seen, torch.finfo(torch.float32).min)
-    hooks = [
-        layer.mlp.register_forward_hook(lambda m, a, o: o.masked_fill(skipped[None, :, None], 0))
-        for layer in model.model.language_model.layers
-    ]
-    hidden = model.model.language_model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
-    for hook in hooks:
-        hook.remove()
-    model.set_attn_implementation("sdpa")
-    return model.lm_head(hidden)[0, prompt - 1 :]
-
-
 def test_equals_a_plain_reading_of_the_method(model, inputs):
     with apply_skip_vision(model, CONFIG) as state:
         out = generate(model, inputs)
     assert state.keep_index.shape == (1, IDS.shape[1] - 48)
     assert out.past_key_values.get_seq_length() == IDS.shape[1] - 48 + 5
     tokens = out.sequences[0, IDS.shape[1] :].tolist()
-    expected = plain_reading(model, inputs, tokens)
+    expected = plain_logits(model, inputs, tokens, CONFIG, CONFIG.layout(64))
     assert gap([step[0] for step in out.logits], expected) < 1e-4
     # and the method does change something: dense is far from it
     assert gap([step[0] for step in generate(model, inputs).logits], expected) > 1e-2

@@ -1,0 +1,20 @@
+"""LLaVA-NeXT (1.6): LLaVA whose picture comes as a thumbnail and tiles."""
+
+from __future__ import annotations
+
+from skipvision_export.models.llava import Llava
+from skipvision_export.models.registry import register
+
+
+@register
+class LlavaNext(Llava):
+    """`LlavaNextForConditionalGeneration` of transformers; the parts stand where LLaVA's do.
+
+    `visual_tokens` are those of one crop. Its own packing of the tiles (unpadded, with a newline
+    token for each row) makes a number of tokens that depends on the picture's size; a tiled preset
+    replaces it.
+    """
+
+    name = "llava_next"
+    architectures = ("LlavaNextForConditionalGeneration",)
+    tiled = True
