@@ -21,7 +21,7 @@ LAYERS = [
     {"bundle", "graph"},
     {"runtime", "exporter"},
     {"benchmark"},
-    {"report"},
+    {"report", "calibration"},
     {"cli"},
 ]
 # method needs the facts of models; otherwise parts of one layer do not know each other.
