@@ -80,7 +80,7 @@ class Probe:
         tower: Any = family.vision_tower(self.model)
         vision = family.vision_dims(hf_config)
         attention: Any = family.vision_layers(self.model)[vision.feature_layer].self_attn
-        run = tower.forward
+        run, before = tower.forward, dict(vars(tower))
         seen: dict[Path | None, tuple[Any, Tensor]] = {}
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -104,6 +104,8 @@ class Probe:
             yield
         finally:
             del tower.__dict__["forward"]
+            if "forward" in before:
+                tower.__dict__["forward"] = before["forward"]
 
 
 def _trimmed(output: Any, used: int) -> Any:

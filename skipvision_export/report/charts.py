@@ -11,8 +11,13 @@ COLOURS = ("#7d8794", "#e07b00")
 
 
 @contextmanager
-def drawing(size: tuple[float, float], panels: int) -> Iterator[tuple[Any, Callable[[], str]]]:
-    """Axes of a row of panels in the one look of all charts; the function gives the SVG afterwards."""
+def drawing(
+    size: tuple[float, float], panels: int | tuple[int, int]
+) -> Iterator[tuple[Any, Callable[[], str]]]:
+    """Axes in the one look of all charts; the function gives the SVG afterwards.
+
+    size: in inches; panels: of one row, or rows and columns.
+    """
     import matplotlib
 
     matplotlib.use("svg")
@@ -25,9 +30,11 @@ def drawing(size: tuple[float, float], panels: int) -> Iterator[tuple[Any, Calla
         return text[text.index("<svg") :]
 
     with plt.rc_context({"svg.fonttype": "path", "svg.hashsalt": "skipvision", "font.size": 9}):
-        figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained")
+        figure, axes = plt.subplots(
+            *((1, panels) if isinstance(panels, int) else panels), figsize=size, layout="constrained"
+        )
         yield axes, svg
-        for axis in axes:
+        for axis in figure.axes:
             axis.spines[["top", "right"]].set_visible(False)
         figure.savefig(stream, format="svg", metadata={"Date": None})
         plt.close(figure)
