@@ -80,9 +80,10 @@ def lazy_greedy(
     coupled: the highest share of any layer has an effect of its own (K/V are dropped by it), which
     makes the other layers' moves cheaper than they were: all are measured again when it rises.
 
-    Measurements: `layers` at first, one for each move taken, and the repeated ones, which are few
-    where layers hardly interact; `coupled` adds up to `layers` for each share. Each costs one prefill
-    and one pass over the answer for each sample.
+    Measurements: `layers` at first, one for each move taken, and the repeated ones; in all two to three
+    for each move, such as 70 to 230 for 32 layers and 4 shares to save 10 to 30 % (on invented effects
+    that interact). `coupled` adds up to `layers` for each share. Each costs two forward passes for each
+    sample: the prefill, and the answer's tokens over its cache; the dense model costs one measurement.
     """
     dense = Point((0.0,) * layers, flops((0.0,) * layers), 0.0)
     search = Search([dense], [])

@@ -12,7 +12,7 @@ _KINDS = {"visual": COLOURS[1], "summary": "#2b7a78", "text": COLOURS[0]}
 def calibration_chart(policy: dict[str, Any]) -> str:
     """A policy file as two panels: FFN updates of each layer by kind of token, and the path's curve.
 
-    Left: the mean norm of an FFN's update over the norm of its input, and as a frame around a layer's
+    Left: the mean norm of an FFN's update over the norm of its input, and as a shade behind a layer's
     bars the share that skips it. Right: divergence against the share of the dense prefill's FLOPs.
     """
     layers, curve = policy["layers"], policy["curve"]
@@ -26,9 +26,8 @@ def calibration_chart(policy: dict[str, Any]) -> str:
             left.bar(places, heights, width, color=_KINDS[kind], label=kind)
         for row in layers:
             if row["skip"]:
-                left.axvspan(
-                    row["layer"] - 0.48, row["layer"] + 0.48, color="#000000", alpha=0.09 * row["share"]
-                )
+                edges = row["layer"] - 0.48, row["layer"] + 0.48
+                left.axvspan(*edges, color="black", alpha=0.12 * row["share"], lw=0, zorder=0)
         left.set_title("|FFN update| / |input| (shaded: visual tokens skip)", fontsize=9)
         left.set_xlabel("decoder layer")
         left.set_xticks([row["layer"] for row in layers][:: max(1, len(layers) // 16)])
