@@ -18,6 +18,7 @@ from skipvision_export.layout import Role, Run, TokenLayout
 from skipvision_export.tokens import merge_names, selector, selector_names
 
 PassThrough = Literal["none", "last", "first_last"]
+POLICY_KIND, POLICY_VERSION = "skipvision-policy", 1  # of the files that `skipvision calibrate` writes
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,11 @@ class SkipVisionConfig:
 
     def _check_fit(self, visual_tokens: int, num_layers: int | None, tiled: bool) -> None:
         if self.visual_tokens is not None and self.visual_tokens != visual_tokens:
+            if self.layer_shares is not None:
+                raise ConfigError(
+                    f"policy {self.name!r} is for {self.visual_tokens} visual tokens for each image, this "
+                    f"model has {visual_tokens}; calibrate this model"
+                )
             raise ConfigError(
                 f"preset {self.name!r} is for {self.visual_tokens} visual tokens for each image, this "
                 f"model has {visual_tokens}; use --retained N --skipped N, or a preset by share such "
@@ -200,7 +206,8 @@ class SkipVisionConfig:
         layers = self.layer_shares
         if layers is not None and num_layers is not None and len(layers) != num_layers:
             raise ConfigError(
-                f"policy {self.name!r} is for a decoder of {len(layers)} layers, this model has {num_layers}"
+                f"policy {self.name!r} is for a decoder of {len(layers)} layers, this model has "
+                f"{num_layers}; calibrate this model"
             )
 
     def _counts(self, visual_tokens: int) -> tuple[int, int]:
@@ -292,6 +299,8 @@ class SkipVisionConfig:
         if not isinstance(data, dict):
             raise ConfigError(f"{file} is no configuration: expected a JSON object")
         try:
+            if data.keys() & {"kind", "version"}:
+                _check_policy(data)
             return cls.from_json(data.get("config", data))
         except ConfigError as error:
             raise ConfigError(f"{file}: {error}") from None
@@ -299,6 +308,19 @@ class SkipVisionConfig:
     def renamed(self, name: str) -> SkipVisionConfig:
         """The same configuration under another name."""
         return replace(self, name=name)
+
+
+def _check_policy(data: dict[str, Any]) -> None:
+    kind, version = data.get("kind"), data.get("version")
+    if kind != POLICY_KIND:
+        raise ConfigError(f"its kind is {kind!r}, expected {POLICY_KIND!r}, as `skipvision calibrate` writes")
+    if version != POLICY_VERSION:
+        raise ConfigError(
+            f"a policy of version {version!r}, this program reads {POLICY_VERSION}; calibrate again"
+        )
+    config = data.get("config")
+    if not isinstance(config, dict) or config.get("layer_shares") is None:
+        raise ConfigError("a policy without config.layer_shares; calibrate again")
 
 
 def _runs(roles: Iterable[Role]) -> tuple[Run, ...]:

@@ -21,7 +21,7 @@ LAYERS = [
     {"bundle", "graph"},
     {"runtime", "exporter", "training"},
     {"benchmark"},
-    {"report"},
+    {"report", "calibration"},
     {"cli"},
     {"__main__"},
 ]

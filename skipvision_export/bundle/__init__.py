@@ -11,7 +11,7 @@ from skipvision_export.bundle.manifest import (
     file_table,
     sha256_of,
 )
-from skipvision_export.bundle.output import atomic_folder, check_output, write_text
+from skipvision_export.bundle.output import atomic_folder, check_output, check_output_file, write_text
 
 __all__ = [
     "MANIFEST",
@@ -22,6 +22,7 @@ __all__ = [
     "SourceInfo",
     "atomic_folder",
     "check_output",
+    "check_output_file",
     "file_table",
     "sha256_of",
     "write_graphs",

@@ -15,17 +15,22 @@ from skipvision_export.errors import OutputError
 
 def check_output(folder: Path, force: bool) -> None:
     """Raise OutputError where `folder` must not or cannot be written; call it before any long work."""
-    above = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not above.is_dir():
-        raise OutputError(f"{folder} cannot be written: {above} is not a folder")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise OutputError(f"{folder} cannot be written: no permission in {above}")
+    _check_above(folder)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} exists and is not a folder; choose another output folder")
     if folder.is_dir() and any(folder.iterdir()) and not force:
         raise OutputError(
             f"{folder} exists and is not empty; choose another output folder, or --force to replace it"
         )
+
+
+def check_output_file(file: Path, force: bool) -> None:
+    """Raise OutputError where `file` must not or cannot be written; call it before any long work."""
+    _check_above(file)
+    if file.is_dir():
+        raise OutputError(f"{file} is a folder; name an output file")
+    if file.exists() and not force:
+        raise OutputError(f"{file} exists; choose another output file, or --force to replace it")
 
 
 @contextlib.contextmanager
@@ -75,6 +80,14 @@ def write_text(file: Path, text: str) -> None:
             raise
     except OSError as error:
         raise OutputError(_explain(file, error)) from error
+
+
+def _check_above(path: Path) -> None:
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise OutputError(f"{path} cannot be written: {above} is not a folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise OutputError(f"{path} cannot be written: no permission in {above}")
 
 
 def _replace(scratch: Path, target: Path) -> None:

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from skipvision_export.cli import bundle_commands, demo, finetune, model_commands
+from skipvision_export.cli import bundle_commands, calibrate, demo, finetune, model_commands
 from skipvision_export.errors import SkipVisionError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command()(demo.demo)
 app.command()(model_commands.inspect)
 app.command()(model_commands.export)
 app.command()(finetune.finetune)
+app.command()(calibrate.calibrate)
 app.command()(bundle_commands.validate)
 app.command()(bundle_commands.bench)
 app.command()(bundle_commands.generate)

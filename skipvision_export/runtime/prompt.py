@@ -46,7 +46,7 @@ def chat_prompt(processor: Any, question: str, images: int) -> str:
     return prompt
 
 
-def prepare(processor: Any, image: str | Path | Image.Image, prompt: str, visual_tokens: int) -> PromptInputs:
+def prompt_text(processor: Any, prompt: str) -> str:
     """Apply the chat template to a question, or take a prompt that holds the placeholder as it is.
 
     Raises InputError for a prompt without a place for its picture, or with more than one.
@@ -62,6 +62,15 @@ def prepare(processor: Any, image: str | Path | Image.Image, prompt: str, visual
         raise InputError(
             f"the prompt has {places} {token} placeholders, expected exactly one for the one picture"
         )
+    return prompt
+
+
+def prepare(processor: Any, image: str | Path | Image.Image, prompt: str, visual_tokens: int) -> PromptInputs:
+    """Arrays of a picture and a question, or of a whole prompt that holds the placeholder.
+
+    Raises InputError for a picture or a prompt that cannot be used.
+    """
+    prompt = prompt_text(processor, prompt)
     batch = processor(images=load_image(image), text=prompt, return_tensors="np")
     ids = np.asarray(batch["input_ids"], np.int64)
     found = int((ids == processor.image_token_id).sum())
