@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from skipvision_export.benchmark.accuracy import normalize
+from skipvision_export.benchmark.raster import RasterEncoder
 from skipvision_export.layout import TokenLayout
 from skipvision_export.runtime.data import Sample
 from skipvision_export.runtime.generation import Generator, Transcript
@@ -83,7 +84,8 @@ def measure_gaps(
 ) -> ParityReport:
     """Compare a bundle with the model it came from, on each prompt.
 
-    export    dense PyTorch against the bundle's graphs with every row and every K/V kept
+    export    dense PyTorch against the bundle's graphs with every visual token as it comes out of
+              the projector, every row and every K/V kept
     rewrite   patched PyTorch against the bundle as it runs
     backend   the bundle with every ONNX Runtime optimization off against the bundle as it runs
     method    patched PyTorch against dense PyTorch; only reported
@@ -91,13 +93,17 @@ def measure_gaps(
     config, manifest = bundle.config, bundle.manifest
     plain = OrtBackend(bundle.folder, manifest, optimize=False)
     runners = {"ort": bundle.generator, "plain": Generator(plain, manifest)}
-    everything = Generator(bundle.backend, manifest, TokenLayout((("retained", manifest.layout.total),)))
+    raster = RasterEncoder(bundle)
+    layers = manifest.layout.layer_tiers
+    whole = TokenLayout((("retained", reference.visual_tokens),), (0,) if layers else (), layers)
+    everything = Generator(bundle.backend, manifest, whole)
     names = ("dense", "patched", "ort", "plain", "ort_all")
     made: dict[str, list[Transcript]] = {name: [] for name in names}
     orders = []
     for i, prompt in enumerate(prompts):
         progress(f"prompt {i + 1} of {len(prompts)}")
-        inputs = bundle.prepare(prompt.image, prompt.question)
+        inputs = reference.prepare(prompt.image, prompt.question)
+        laid_out = bundle.prepare(prompt.image, prompt.question)
         dense, _ = reference.run(inputs, max_new_tokens, keep_kv=True)
         patched, state = reference.run(inputs, max_new_tokens, config, keep_kv=True)
         assert state is not None and state.order is not None
@@ -105,11 +111,9 @@ def measure_gaps(
         made["dense"].append(dense)
         made["patched"].append(patched)
         for name, generator in runners.items():
-            made[name].append(_run(bundle, generator, inputs, max_new_tokens))
-        # The bundle's features stand in layout order; dense PyTorch reads them in raster order.
-        features = bundle.backend.numpy(bundle.generator.encode(inputs.pixel_values))
-        raster = features[:, np.argsort(orders[-1])]
-        made["ort_all"].append(_run(bundle, everything, inputs, max_new_tokens, features=raster))
+            made[name].append(_run(bundle, generator, laid_out, max_new_tokens))
+        features = raster(inputs.pixel_values)
+        made["ort_all"].append(_run(bundle, everything, inputs, max_new_tokens, features=features))
     limit = LIMITS[manifest.dtype]
 
     def gap(name: str, expected: str, actual: str, limit: float | None, note: str = "") -> Gap:
