@@ -50,7 +50,8 @@ class TorchReference:
         """Generate greedily, dense or under `apply_skip_vision(config)`.
 
         Patched, the summary tokens are those trained with the model, where it has any, and prompt
-        tokens are counted with the layout's placeholders. Returns the transcript and, where patched, the state that tells the choice of tokens.
+        tokens are counted with the layout's placeholders. Returns the transcript and, where patched,
+        the state that tells the choice of tokens.
         """
         ids = torch.from_numpy(inputs.input_ids)
         patch = None if config is None else apply_skip_vision(self.model, config, summary=self.summary)

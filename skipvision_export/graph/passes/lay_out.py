@@ -124,7 +124,7 @@ class LayOutPass(ir.passes.InPlacePass):
         for name, array in self.summary.items():
             array = np.ascontiguousarray(array.T if array.ndim == 2 else array)
             tensor = ir.tensor(array.astype(features.dtype.numpy()), name=SUMMARY_PREFIX + name)
-            value = ir.Value(name=tensor.name, const_value=tensor, shape=tensor.shape)
+            value = ir.Value(name=tensor.name, const_value=tensor, shape=ir.Shape(array.shape))
             value.type = ir.TensorType(features.dtype)
             graph.register_initializer(value)
             found[name] = value
