@@ -131,7 +131,9 @@ def choose_config(
         changes["pass_through"], label = pass_through, [*label, f"pass-{pass_through.replace('_', '-')}"]
     if dense:
         if changes:
-            raise ConfigError("--dense skips nothing: leave out " + ", ".join(f"{c!r}" for c in changes))
+            raise ConfigError(
+                "--dense skips nothing; leave out --selector, --strict, --summaries and --pass-through"
+            )
         return SkipVisionConfig.dense()
     if preset is not None:
         config = SkipVisionConfig.preset(preset)

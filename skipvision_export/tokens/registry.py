@@ -75,8 +75,8 @@ class StaticSelector(Selector):
         import torch
 
         n, v, _ = image.features.shape
-        scores = torch.from_numpy(self.static_scores(v, image.seed))
-        return scores.to(image.features.device).expand(n, v)
+        scores = torch.tensor(self.static_scores(v, image.seed), device=image.features.device)
+        return scores.expand(n, v)
 
 
 class Merge:
