@@ -215,27 +215,30 @@ class SkipVisionConfig:
         if self.skip_share is not None:
             # round() and not int(): int(100 * (1 - 0.9)) is 9.
             skipped = round(visual_tokens * self.skip_share)
-            if self.retained_share is None:
-                return visual_tokens - skipped, skipped
-            return round(visual_tokens * self.retained_share), skipped
-        assert self.retained is not None and self.skipped is not None  # by __post_init__
+            retained = visual_tokens - skipped
+            if self.retained_share is not None:
+                # Both rounded up may be one too many.
+                retained = min(retained, round(visual_tokens * self.retained_share))
+        else:
+            assert self.retained is not None and self.skipped is not None  # by __post_init__
+            retained, skipped = self.retained, self.skipped
         if self.tiled:
-            if self.retained != visual_tokens or not 0 < self.skipped <= visual_tokens:
+            if retained != visual_tokens or not 0 < skipped <= visual_tokens:
                 raise ConfigError(
                     f"a tiled preset retains the thumbnail's {visual_tokens} tokens and merges the tiles' "
-                    f"to 1 to {visual_tokens}, not retained={self.retained}, skipped={self.skipped}"
+                    f"to 1 to {visual_tokens}, not retained={retained}, skipped={skipped}"
                 )
-        elif self.retained + self.skipped > visual_tokens:
+        elif retained + skipped > visual_tokens:
             raise ConfigError(
-                f"retained {self.retained} + skipped {self.skipped} tokens are more than the model's "
+                f"retained {retained} + skipped {skipped} tokens are more than the model's "
                 f"{visual_tokens} visual tokens"
             )
-        elif self.skipped == 0 and self.retained < visual_tokens:
+        elif skipped == 0 and retained < visual_tokens:
             raise ConfigError(
-                f"retained {self.retained} and skipped 0 leave {visual_tokens - self.retained} of the "
+                f"retained {retained} and skipped 0 leave {visual_tokens - retained} of the "
                 f"model's {visual_tokens} visual tokens with nothing to be merged to; skip at least 1"
             )
-        return self.retained, self.skipped
+        return retained, skipped
 
     def _policy_layout(self, visual_tokens: int) -> TokenLayout:
         assert self.layer_shares is not None
@@ -259,7 +262,7 @@ class SkipVisionConfig:
     @staticmethod
     def _role(ffn: bool, kv: bool) -> Role:
         by_effect: dict[tuple[bool, bool], Role] = {
-            (True, True): "retained",
+            (True, True): "passed",
             (False, False): "skipped",
             (True, False): "ffn_only",
             (False, True): "kv_only",

@@ -21,7 +21,7 @@ from skipvision_export.bundle import (
     write_graphs,
 )
 from skipvision_export.config import SkipVisionConfig
-from skipvision_export.errors import ConfigError
+from skipvision_export.errors import ConfigError, ModelError
 from skipvision_export.graph.passes import PassContext
 from skipvision_export.graph.passes.names import DECODE, PREFILL
 from skipvision_export.models.loading import ModelSource, copy_companions, load_model, resolve_model
@@ -60,7 +60,9 @@ class TracedModel:
             num_layers=dims.num_layers,
             vision_layers=family.vision_dims(hf_config).num_layers,
             visual_tokens=visual,
-            retained=layout.retained,
+            config=config,
+            layout=layout,
+            summary=_summary_weights(self.source, dims.hidden_size) if layout.summaries else {},
         )
         graphs = rewrite(self.trace, context).graphs
         with atomic_folder(out, force) as folder:
@@ -78,7 +80,10 @@ class TracedModel:
                 roles=Roles(
                     retained=layout.retained,
                     skipped=layout.skipped,
+                    summaries=layout.summaries,
                     layout=list(layout.runs),
+                    tiers=list(layout.tiers),
+                    layer_tiers=list(layout.layer_tiers),
                 ),
                 model=ModelInfo(
                     **asdict(dims),
@@ -113,7 +118,7 @@ def trace_model(
 def export(
     model: str | Path,
     out: str | Path,
-    config: SkipVisionConfig,
+    config: SkipVisionConfig | None = None,
     *,
     dtype: str = "float32",
     force: bool = False,
@@ -122,16 +127,37 @@ def export(
 ) -> Bundle:
     """Export a Hugging Face VLM (a folder or a Hub id) to a bundle at `out`.
 
-    What can be refused without the weights is refused before they load. Raises ModelError,
-    ConfigError, OutputError and PassError.
+    config: by default the one that the model was fine-tuned with, which it carries. What can be
+    refused without the weights is refused before they load. Raises ModelError, ConfigError,
+    OutputError and PassError.
     """
+    from skipvision_export.method.saved import saved_config
+
     out = Path(out)
     check_output(out, force)
     source = resolve_model(model, revision)
+    config = config or saved_config(source.folder)
+    if config is None:
+        raise ConfigError(f"{model} carries no configuration of its own; give one, such as a preset")
     source.family.layout(source.config, config)
     traced = trace_model(source, dtype, progress)
     progress("rewriting and writing")
     return traced.write(out, config, force)
+
+
+def _summary_weights(source: ModelSource, hidden_size: int) -> dict[str, Any]:
+    """Weights of the summary tokens as arrays: the trained ones beside the model, else a plain mean."""
+    from skipvision_export.method.saved import WEIGHTS_FILE, saved_summary
+    from skipvision_export.method.summary import SummaryTokens
+
+    summary = saved_summary(source.folder) or SummaryTokens(hidden_size)
+    weights = {name: tensor.numpy() for name, tensor in summary.state_dict().items()}
+    width = weights["ada.0.weight"].size
+    if width != hidden_size:
+        raise ModelError(
+            f"{source.folder / WEIGHTS_FILE} is for a hidden size of {width}, the model has {hidden_size}"
+        )
+    return weights
 
 
 def source_hash(source: ModelSource) -> str:

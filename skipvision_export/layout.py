@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Role = Literal["retained", "summary", "skipped", "ffn_only", "kv_only"]
+Role = Literal["retained", "summary", "skipped", "ffn_only", "kv_only", "passed"]
 Run = tuple[Role, int]
 
 # role -> (goes through the FFNs, its keys and values outlive prefill)
@@ -18,6 +18,7 @@ ROLES: dict[str, tuple[bool, bool]] = {
     "skipped": (False, False),
     "ffn_only": (True, False),
     "kv_only": (False, True),
+    "passed": (True, True),  # of the skipped block, but nothing is skipped: for ablations
 }
 
 
@@ -59,7 +60,7 @@ class TokenLayout:
 
     @property
     def skipped(self) -> int:
-        """Visual tokens that skip an FFN, lose their K/V, or both."""
+        """Visual tokens of the skipped block, whatever of it they skip."""
         return self.total - self.retained - self.summaries
 
     @property

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from skipvision_export.benchmark.accuracy import normalize
+from skipvision_export.benchmark.raster import RasterEncoder
 from skipvision_export.layout import TokenLayout
 from skipvision_export.runtime.data import Sample
 from skipvision_export.runtime.generation import Generator, Transcript
@@ -73,70 +75,120 @@ def synthetic_prompts(n: int, size: int) -> list[Prompt]:
     return prompts
 
 
+# gap -> what is expected, and what is compared with it; see measure_gaps.
+GAPS = {
+    "export": ("dense", "ort_all"),
+    "rewrite": ("patched", "ort"),
+    "backend": ("plain", "ort"),
+    "method": ("dense", "patched"),
+}
+NOTES = {
+    "backend": "ONNX Runtime CPU, all optimizations against none",
+    "method": "reported, not limited",
+}
+
+
 def measure_gaps(
     bundle: Bundle,
     reference: TorchReference,
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int = 16,
+    gaps: Sequence[str] = tuple(GAPS),
     progress: Progress = lambda _: None,
 ) -> ParityReport:
     """Compare a bundle with the model it came from, on each prompt.
 
-    export    dense PyTorch against the bundle's graphs with every row and every K/V kept
+    export    dense PyTorch against the bundle's graphs with every visual token as it comes out of
+              the projector, every row and every K/V kept
     rewrite   patched PyTorch against the bundle as it runs
     backend   the bundle with every ONNX Runtime optimization off against the bundle as it runs
     method    patched PyTorch against dense PyTorch; only reported
+
+    gaps: names of those to measure; what only the others need does not run.
     """
-    config, manifest = bundle.config, bundle.manifest
-    plain = OrtBackend(bundle.folder, manifest, optimize=False)
-    runners = {"ort": bundle.generator, "plain": Generator(plain, manifest)}
-    everything = Generator(bundle.backend, manifest, TokenLayout((("retained", manifest.layout.total),)))
-    names = ("dense", "patched", "ort", "plain", "ort_all")
+    contenders = _Contenders(bundle, reference, max_new_tokens)
+    names = [name for name in _Contenders.NAMES if any(name in GAPS[gap] for gap in gaps)]
     made: dict[str, list[Transcript]] = {name: [] for name in names}
-    orders = []
     for i, prompt in enumerate(prompts):
         progress(f"prompt {i + 1} of {len(prompts)}")
-        inputs = bundle.prepare(prompt.image, prompt.question)
-        dense, _ = reference.run(inputs, max_new_tokens, keep_kv=True)
-        patched, state = reference.run(inputs, max_new_tokens, config, keep_kv=True)
-        assert state is not None and state.order is not None
-        orders.append(state.order[0].tolist())
-        made["dense"].append(dense)
-        made["patched"].append(patched)
-        for name, generator in runners.items():
-            made[name].append(_run(bundle, generator, inputs, max_new_tokens))
-        # The bundle's features stand in layout order; dense PyTorch reads them in raster order.
-        features = bundle.backend.numpy(bundle.generator.encode(inputs.pixel_values))
-        raster = features[:, np.argsort(orders[-1])]
-        made["ort_all"].append(_run(bundle, everything, inputs, max_new_tokens, features=raster))
-    limit = LIMITS[manifest.dtype]
+        for name in names:
+            made[name].append(getattr(contenders, name)(prompt))
 
-    def gap(name: str, expected: str, actual: str, limit: float | None, note: str = "") -> Gap:
-        pairs = list(zip(made[expected], made[actual], strict=True))
-        return compare_steps(name, pairs, limit, note)
+    def gap(name: str) -> Gap:
+        pairs = list(zip(*(made[contender] for contender in GAPS[name]), strict=True))
+        limit = None if name == "method" else LIMITS[bundle.manifest.dtype]
+        found = compare_steps(name, pairs, limit, NOTES.get(name, ""))
+        return _without_kv(found) if name == "method" else found
 
-    gaps = {
-        "export": gap("export", "dense", "ort_all", limit),
-        "rewrite": gap("rewrite", "patched", "ort", limit),
-        "backend": gap("backend", "plain", "ort", limit, "ONNX Runtime CPU, all optimizations against none"),
-        "method": _without_kv(gap("method", "dense", "patched", None, "reported, not limited")),
-    }
-    return ParityReport(gaps, made, orders, _accuracy(reference, prompts, made))
-
-
-def _run(
-    bundle: Bundle, generator: Generator, inputs: PromptInputs, max_new_tokens: int, **more: Any
-) -> Transcript:
-    return generator.generate(
-        inputs.input_ids,
-        inputs.pixel_values,
-        max_new_tokens=max_new_tokens,
-        eos=bundle.eos,
-        keep_logits=True,
-        keep_kv=True,
-        **more,
+    return ParityReport(
+        {name: gap(name) for name in gaps}, made, contenders.orders, _accuracy(reference, prompts, made)
     )
+
+
+class _Contenders:
+    """What answers a prompt, each by its name in GAPS."""
+
+    NAMES = ("dense", "patched", "ort", "plain", "ort_all")
+
+    def __init__(self, bundle: Bundle, reference: TorchReference, max_new_tokens: int) -> None:
+        self.bundle, self.reference, self.max_new_tokens = bundle, reference, max_new_tokens
+        self.orders: list[list[int]] = []
+
+    def dense(self, prompt: Prompt) -> Transcript:
+        """The Hugging Face model as it is."""
+        return self.reference.run(self._inputs(prompt), self.max_new_tokens, keep_kv=True)[0]
+
+    def patched(self, prompt: Prompt) -> Transcript:
+        """The Hugging Face model under apply_skip_vision."""
+        inputs, config = self._inputs(prompt), self.bundle.config
+        done, state = self.reference.run(inputs, self.max_new_tokens, config, keep_kv=True)
+        assert state is not None and state.order is not None
+        self.orders.append(state.order[0].tolist())
+        return done
+
+    def ort(self, prompt: Prompt) -> Transcript:
+        """The bundle as it runs."""
+        return self._run(self.bundle.generator, self.bundle.prepare(prompt.image, prompt.question))
+
+    def plain(self, prompt: Prompt) -> Transcript:
+        """The bundle with no optimization of ONNX Runtime's."""
+        return self._run(self._plain, self.bundle.prepare(prompt.image, prompt.question))
+
+    def ort_all(self, prompt: Prompt) -> Transcript:
+        """The bundle with nothing chosen, merged, skipped or dropped."""
+        inputs = self._inputs(prompt)
+        return self._run(self._everything, inputs, features=self._raster(inputs.pixel_values))
+
+    @cached_property
+    def _plain(self) -> Generator:
+        bundle = self.bundle
+        return Generator(OrtBackend(bundle.folder, bundle.manifest, optimize=False), bundle.manifest)
+
+    @cached_property
+    def _everything(self) -> Generator:
+        layers = self.bundle.manifest.layout.layer_tiers
+        runs = (("retained", self.reference.visual_tokens),)
+        whole = TokenLayout(runs, (0,) if layers else (), layers)  # type: ignore[arg-type]
+        return Generator(self.bundle.backend, self.bundle.manifest, whole)
+
+    @cached_property
+    def _raster(self) -> RasterEncoder:
+        return RasterEncoder(self.bundle)
+
+    def _inputs(self, prompt: Prompt) -> PromptInputs:
+        return self.reference.prepare(prompt.image, prompt.question)
+
+    def _run(self, generator: Generator, inputs: PromptInputs, **more: Any) -> Transcript:
+        return generator.generate(
+            inputs.input_ids,
+            inputs.pixel_values,
+            max_new_tokens=self.max_new_tokens,
+            eos=self.bundle.eos,
+            keep_logits=True,
+            keep_kv=True,
+            **more,
+        )
 
 
 def _without_kv(gap: Gap) -> Gap:
@@ -161,4 +213,5 @@ def _accuracy(
             )
         )
         for name in ("dense", "patched", "ort")
+        if name in made
     }

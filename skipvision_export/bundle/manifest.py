@@ -54,11 +54,14 @@ class SourceInfo(_Strict):
 
 
 class Roles(_Strict):
-    """Visual tokens of one image; `layout` lists runs of roles in order."""
+    """Visual tokens of one image; see TokenLayout, whose runs, tiers and layer_tiers these are."""
 
     retained: int
     skipped: int
+    summaries: int = 0
     layout: list[tuple[str, int]]
+    tiers: list[int] = Field(default_factory=list)
+    layer_tiers: list[int] = Field(default_factory=list)
 
 
 class ModelInfo(_Strict):
@@ -92,8 +95,10 @@ class Manifest(_Strict):
 
     @property
     def layout(self) -> TokenLayout:
-        """Runs of roles of one image's visual tokens."""
-        return TokenLayout(tuple((role, n) for role, n in self.roles.layout))  # type: ignore[misc]
+        """One image's visual tokens as the decoder sees them."""
+        roles = self.roles
+        runs = tuple((role, n) for role, n in roles.layout)
+        return TokenLayout(runs, tuple(roles.tiers), tuple(roles.layer_tiers))  # type: ignore[arg-type]
 
     @property
     def skip_config(self) -> SkipVisionConfig:

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ import typer
 from skipvision_export.bundle import write_text
 from skipvision_export.config import PRESETS, SkipVisionConfig
 from skipvision_export.errors import ConfigError
+from skipvision_export.tokens import selector_names
 
 JsonOption = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")
@@ -27,6 +29,30 @@ BundleArgument = Annotated[
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit, where MODEL is a Hub id.")]
 ThreadsOption = Annotated[int, typer.Option(min=0, help="CPU threads; 0 lets the runtime choose.")]
+
+PresetOption = Annotated[
+    str | None, typer.Option(help=f"One of {', '.join(PRESETS)}; `inspect` tells which fit.")
+]
+PolicyOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A policy or configuration file (JSON).")
+]
+RetainedOption = Annotated[int | None, typer.Option(help="Visual tokens that stay whole.")]
+SkippedOption = Annotated[int | None, typer.Option(help="Visual tokens that skip the FFN.")]
+DenseOption = Annotated[bool, typer.Option("--dense", help="Skip nothing: the baseline.")]
+SelectorOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help=f"What chooses tokens: {', '.join(selector_names())}.")
+]
+StrictOption = Annotated[
+    bool, typer.Option("--strict", help="Hide skipped tokens from the text after them in prefill too.")
+]
+SummariesOption = Annotated[
+    bool | None,
+    typer.Option("--summaries/--no-summaries", help="Add summary tokens, or leave them out."),
+]
+PassThroughOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Skipped tokens that go through the FFN: none, last, first_last."),
+]
 
 
 class Progress:
@@ -69,22 +95,58 @@ def to_json(result: dict[str, Any]) -> str:
 
 
 def choose_config(
-    preset: str | None, retained: int | None, skipped: int | None, dense: bool
+    *,
+    preset: str | None = None,
+    policy: Path | None = None,
+    retained: int | None = None,
+    skipped: int | None = None,
+    dense: bool = False,
+    selector: str | None = None,
+    strict: bool = False,
+    summaries: bool | None = None,
+    pass_through: str | None = None,
+    saved: SkipVisionConfig | None = None,
 ) -> SkipVisionConfig:
-    """The configuration that the options name; raises ConfigError unless it is exactly one."""
+    """The configuration that the options name; raises ConfigError unless it is exactly one.
+
+    saved: what a fine-tuned model carries, for where none is named. selector, strict, summaries and
+    pass_through change what was named, and its name.
+    """
     by_counts = retained is not None or skipped is not None
-    if (preset is not None) + by_counts + dense != 1:
+    named = (preset is not None) + (policy is not None) + by_counts + dense
+    if named > 1 or (named == 0 and saved is None):
         raise ConfigError(
-            "choose exactly one of --preset NAME, --retained N --skipped N, and --dense; presets: "
-            + ", ".join(PRESETS)
+            "choose exactly one of --preset NAME, --policy FILE, --retained N --skipped N, and --dense; "
+            "presets: " + ", ".join(PRESETS)
         )
+    changes: dict[str, Any] = {}
+    label = []
+    if selector is not None:
+        changes["selector"], label = selector, [selector]
+    if strict:
+        changes["strict"], label = True, [*label, "strict"]
+    if summaries is not None:
+        changes["summaries"], label = summaries, [*label, "summaries" if summaries else "no-summaries"]
+    if pass_through is not None:
+        changes["pass_through"], label = pass_through, [*label, f"pass-{pass_through.replace('_', '-')}"]
     if dense:
+        if changes:
+            raise ConfigError(
+                "--dense skips nothing; leave out --selector, --strict, --summaries and --pass-through"
+            )
         return SkipVisionConfig.dense()
     if preset is not None:
-        return SkipVisionConfig.preset(preset)
-    if retained is None or skipped is None:
-        raise ConfigError("--retained and --skipped belong together; give both numbers of tokens")
-    return SkipVisionConfig.counts(retained, skipped)
+        config = SkipVisionConfig.preset(preset)
+    elif policy is not None:
+        config = SkipVisionConfig.load(policy)
+    elif by_counts:
+        if retained is None or skipped is None:
+            raise ConfigError("--retained and --skipped belong together; give both numbers of tokens")
+        config = SkipVisionConfig.counts(retained, skipped)
+    else:
+        assert saved is not None  # by the first check
+        config = saved
+    return replace(config, name="-".join([config.name, *label]), **changes)
 
 
 def si(value: float, unit: str = "") -> str:

@@ -8,16 +8,25 @@ from typing import Annotated, Any
 import typer
 
 from skipvision_export.cli.common import (
+    DenseOption,
     ForceOption,
     JsonOption,
     ModelArgument,
+    PassThroughOption,
+    PolicyOption,
+    PresetOption,
     Progress,
+    RetainedOption,
     RevisionOption,
+    SelectorOption,
+    SkippedOption,
+    StrictOption,
+    SummariesOption,
     choose_config,
     finish,
     si,
 )
-from skipvision_export.config import PRESETS
+from skipvision_export.config import PRESETS, SkipVisionConfig
 from skipvision_export.errors import ConfigError
 
 TextTokens = Annotated[int, typer.Option(min=1, help="Text tokens beside the visual ones.")]
@@ -26,44 +35,54 @@ TextTokens = Annotated[int, typer.Option(min=1, help="Text tokens beside the vis
 def inspect(
     model: ModelArgument,
     text_tokens: TextTokens = 64,
+    policy: PolicyOption = None,
+    retained: RetainedOption = None,
+    skipped: SkippedOption = None,
     revision: RevisionOption = None,
     json: JsonOption = None,
 ) -> None:
     """Show what skipping would save on MODEL: FLOPs and K/V bytes, dense and for each preset.
 
     Reads the configuration only, no weights. FLOPs are those of the decoder's prefill of one prompt
-    with one image; K/V bytes are what stays cached after it, in float32.
+    with one image; K/V bytes are what stays cached after it, in float32; the visual share is what is
+    left of the visual tokens' FLOPs in linear layers. A policy, counts, or the preset that a
+    fine-tuned MODEL carries get a line of their own.
     """
     from skipvision_export.models.loading import resolve_model
 
-    result = inspection(resolve_model(model, revision), text_tokens)
+    chosen = None
+    if policy is not None or retained is not None or skipped is not None:
+        chosen = choose_config(policy=policy, retained=retained, skipped=skipped)
+    result = inspection(resolve_model(model, revision), text_tokens, chosen)
     dense = result["dense"]
     print(
         f"{result['architecture']}: family {result['family']}, {result['num_layers']} decoder layers, "
         f"{result['visual_tokens']} visual tokens, counted with {text_tokens} text tokens"
     )
-    head = f"{'preset':<16}{'retained':>9}{'skipped':>9}{'prefill FLOPs':>15}{'':>7}{'K/V bytes':>12}"
-    print(head)
-    for name, row in {"dense": dense, **result["presets"]}.items():
+    rows = {"dense": dense, **result["presets"]}
+    width = max(map(len, rows)) + 2
+    numbers = f"{'retained':>9}{'skipped':>9}{'visual':>8}{'prefill FLOPs':>15}{'':>6}{'K/V bytes':>12}"
+    print(f"{'preset':<{width}}{numbers}")
+    for name, row in rows.items():
         share = row["prefill_flops"] / dense["prefill_flops"]
         print(
-            f"{name:<16}{row['retained']:>9}{row['skipped']:>9}{si(row['prefill_flops']):>15}"
-            f"{share:>7.0%}{si(row['kv_bytes'], 'B'):>12}"
+            f"{name:<{width}}{row['retained']:>9}{row['skipped']:>9}{row['visual_flops_share']:>8.1%}"
+            f"{si(row['prefill_flops']):>15}{share:>6.0%}{si(row['kv_bytes'], 'B'):>12}"
         )
     for name, why in result["unsupported"].items():
         print(f"{name}: {why}")
     finish(result, json)
 
 
-def inspection(source: Any, text_tokens: int) -> dict[str, Any]:
-    """What `inspect` prints, as the contract's JSON object."""
-    from skipvision_export.benchmark.flops import prefill_cost
-    from skipvision_export.config import SkipVisionConfig
+def inspection(source: Any, text_tokens: int, chosen: SkipVisionConfig | None = None) -> dict[str, Any]:
+    """What `inspect` prints, as the contract's JSON object; raises ConfigError if `chosen` does not fit."""
+    from skipvision_export.benchmark.flops import prefill_cost, visual_flops_share
+    from skipvision_export.method.saved import saved_config
 
     family, config = source.family, source.config
     dims, visual = family.decoder_dims(config), family.visual_tokens(config)
 
-    def row(choice: SkipVisionConfig) -> dict[str, int]:
+    def row(choice: SkipVisionConfig) -> dict[str, float]:
         layout = family.layout(config, choice)
         cost = prefill_cost(dims, layout, text_tokens)
         return {
@@ -71,6 +90,7 @@ def inspection(source: Any, text_tokens: int) -> dict[str, Any]:
             "skipped": layout.skipped,
             "prefill_flops": cost.prefill_flops,
             "kv_bytes": cost.kv_bytes,
+            "visual_flops_share": visual_flops_share(dims, layout, visual),
         }
 
     presets, unsupported = {}, {}
@@ -79,6 +99,9 @@ def inspection(source: Any, text_tokens: int) -> dict[str, Any]:
             presets[name] = row(preset)
         except ConfigError as error:
             unsupported[name] = str(error)
+    for own in (saved_config(source.folder), chosen):
+        if own is not None:
+            presets[own.name] = row(own)
     return {
         "family": family.name,
         "architecture": (config.architectures or ["?"])[0],
@@ -94,12 +117,15 @@ def inspection(source: Any, text_tokens: int) -> dict[str, Any]:
 def export(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="BUNDLE", help="Output folder.")],
-    preset: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(PRESETS)}; `inspect` tells which fit.")
-    ] = None,
-    retained: Annotated[int | None, typer.Option(help="Visual tokens that stay whole.")] = None,
-    skipped: Annotated[int | None, typer.Option(help="Visual tokens that skip the FFN.")] = None,
-    dense: Annotated[bool, typer.Option("--dense", help="Skip nothing: the baseline.")] = False,
+    preset: PresetOption = None,
+    policy: PolicyOption = None,
+    retained: RetainedOption = None,
+    skipped: SkippedOption = None,
+    dense: DenseOption = False,
+    selector: SelectorOption = None,
+    strict: StrictOption = False,
+    summaries: SummariesOption = None,
+    pass_through: PassThroughOption = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     target: Annotated[str, typer.Option(help="What will run it: onnxruntime.")] = "onnxruntime",
     revision: RevisionOption = None,
@@ -111,19 +137,33 @@ def export(
 ) -> None:
     """Trace MODEL, split its FFNs, prune its K/V, and write a bundle that ONNX Runtime runs.
 
+    A model that `finetune` wrote carries its own preset, which is taken where none is named.
+
     Example: skipvision export llava-hf/llava-1.5-7b-hf -o bundle --preset skip-75
     """
     from skipvision_export.bundle import check_output
     from skipvision_export.exporter import DTYPES, trace_model
+    from skipvision_export.method.saved import saved_config
     from skipvision_export.models.loading import resolve_model
 
-    config = choose_config(preset, retained, skipped, dense)
     if target != "onnxruntime":
         raise ConfigError(f"target {target!r} is not supported; supported: onnxruntime")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     check_output(output, force)
     source = resolve_model(model, revision)
+    config = choose_config(
+        preset=preset,
+        policy=policy,
+        retained=retained,
+        skipped=skipped,
+        dense=dense,
+        selector=selector,
+        strict=strict,
+        summaries=summaries,
+        pass_through=pass_through,
+        saved=saved_config(source.folder),
+    )
     layout = source.family.layout(source.config, config)
     result: dict[str, Any] = {
         "bundle": str(output),

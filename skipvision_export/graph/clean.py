@@ -15,7 +15,7 @@ _NAMED: dict[str, dict[str, list[str | None]]] = {
     VISION: {"pixel_values": ["num_images", None, None, None]},
     EMBED: {
         "input_ids": ["batch", "sequence"],
-        "image_features": ["num_images", None, None],
+        "image_features": ["num_images", "visual_tokens", None],
         "inputs_embeds": ["batch", "sequence", None],
     },
     DECODE: {

@@ -71,7 +71,8 @@ def trace(model: nn.Module, family: ModelFamily, progress: Progress = lambda _: 
         graphs[EMBED] = _export(
             EmbedTokens(model, family.image_token_id(config)),
             (ints(2, 5), floats(3, visual, dims.hidden_size)),
-            ({0: batch, 1: length}, {0: images}),
+            # A layout may have any number of tokens, and comparisons feed those before it.
+            ({0: batch, 1: length}, {0: images, 1: dim("tokens")}),
             ["input_ids", "image_features"],
             ["inputs_embeds"],
         )

@@ -14,6 +14,7 @@ from skipvision_export.bundle import Manifest
 from skipvision_export.graph.passes.names import (
     DECODE,
     EMBED,
+    IMAGE_INDEX,
     KV_KEEP_INDEX,
     PREFILL,
     VISION,
@@ -89,6 +90,18 @@ def prefill_indices(input_ids: Ints, image_token: int, layout: TokenLayout) -> t
     return rows, kept(layout.kv_mask())[None, :]
 
 
+def image_index(input_ids: Ints, image_token: int, layout: TokenLayout) -> Ints:
+    """The input of strict masking, [1, S]: 0 for text, i or -i for the i-th picture's tokens.
+
+    Negative where K and V are dropped; see StrictMaskPass.
+    """
+    index = np.zeros(input_ids.shape, np.int64)
+    places = np.flatnonzero(input_ids[0] == image_token)
+    picture = 1 + np.arange(places.size) // layout.total
+    index[0, places] = np.where(np.resize(layout.kv_mask(), places.size), picture, -picture)
+    return index
+
+
 class Generator:
     """Runs prompts of one image through a backend."""
 
@@ -98,11 +111,12 @@ class Generator:
         self.manifest = manifest
         self.layout = layout or manifest.layout
         self.image_token = manifest.model.image_token_id
+        self._inputs = {tensor.name for tensor in manifest.graphs[PREFILL].inputs}
         self._present = present_names("present", manifest.model.num_layers)
         self._past = present_names("past_key_values", manifest.model.num_layers)
 
     def encode(self, pixel_values: npt.NDArray[np.float32]) -> Any:
-        """pixel_values [1, 3, h, w] -> image_features [1, V, D] in layout order."""
+        """pixel_values [1, 3, h, w] -> image_features [1, layout.total, D] in layout order."""
         return self.backend.run(VISION, {"pixel_values": pixel_values})["image_features"]
 
     def embed(self, input_ids: Ints, features: Any = None) -> Any:
@@ -124,6 +138,8 @@ class Generator:
             **{ffn_index_name(tier): index for tier, index in rows.items()},
             KV_KEEP_INDEX: keep,
         }
+        if IMAGE_INDEX in self._inputs:
+            feeds[IMAGE_INDEX] = image_index(input_ids, self.image_token, self.layout)
         return self.backend.run(PREFILL, feeds)
 
     def decode(self, token: int, position: int, past: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from skipvision_export.config import SkipVisionConfig
 from skipvision_export.models.loading import load_processor
 from skipvision_export.runtime.generation import Generator, Transcript
 from skipvision_export.runtime.ort import OrtBackend
-from skipvision_export.runtime.prompt import PromptInputs, prepare
+from skipvision_export.runtime.prompt import PromptInputs, prepare, resize_placeholders
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,11 @@ class Bundle:
         return eos_tokens(self.folder, self.processor)
 
     def prepare(self, image: str | Path | Image.Image, prompt: str) -> PromptInputs:
-        """Arrays of a picture and a prompt; raises InputError."""
-        return prepare(self.processor, image, prompt, self.manifest.model.visual_tokens)
+        """Arrays of a picture and a prompt, with the layout's placeholders; raises InputError."""
+        model = self.manifest.model
+        inputs = prepare(self.processor, image, prompt, model.visual_tokens)
+        total = self.manifest.layout.total
+        return resize_placeholders(inputs, model.image_token_id, model.visual_tokens, total)
 
     def run(self, inputs: PromptInputs, max_new_tokens: int = 64, **options: Any) -> Transcript:
         """Generate from arrays; options: those of Generator.generate."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ from skipvision_export.errors import InputError
 
 @dataclass(frozen=True)
 class PromptInputs:
-    """input_ids [1, S] int64 with one placeholder for each visual token; pixel_values [1, 3, h, w]."""
+    """input_ids [1, S] int64 with one placeholder for each visual token, pixel_values [1, 3, h, w].
+
+    The number of placeholders is the model's own, or, after `resize_placeholders`, the layout's.
+    """
 
     input_ids: npt.NDArray[np.int64]
     pixel_values: npt.NDArray[np.float32]
@@ -80,3 +83,26 @@ def prepare(processor: Any, image: str | Path | Image.Image, prompt: str, visual
             "and num_additional_image_tokens do not fit the model"
         )
     return PromptInputs(ids, np.asarray(batch["pixel_values"], np.float32))
+
+
+def resize_placeholders(
+    inputs: PromptInputs, image_token: int, visual_tokens: int, total: int
+) -> PromptInputs:
+    """Give each picture `total` placeholders in input_ids [1, S] in place of `visual_tokens`.
+
+    Raises InputError for a run of placeholders that is no multiple of `visual_tokens`.
+    """
+    ids = inputs.input_ids[0]
+    places = ids == image_token
+    edges = np.flatnonzero(np.diff(places, prepend=False, append=False)).reshape(-1, 2)
+    sizes = edges[:, 1] - edges[:, 0]
+    if (sizes % visual_tokens).any():
+        raise InputError(
+            f"the prompt has runs of {sizes.tolist()} placeholders; expected a multiple of the model's "
+            f"{visual_tokens} visual tokens in each"
+        )
+    parts, at = [], 0
+    for (start, end), pictures in zip(edges, sizes // visual_tokens, strict=True):
+        parts += [ids[at:start], np.full(pictures * total, image_token, np.int64)]
+        at = end
+    return replace(inputs, input_ids=np.concatenate([*parts, ids[at:]])[None])

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from skipvision_export.config import SkipVisionConfig
-from skipvision_export.method import SkipVisionState, apply_skip_vision
+from skipvision_export.method import SkipVisionState, apply_skip_vision, saved_summary
 from skipvision_export.models.loading import ModelSource, load_model, load_processor
 from skipvision_export.runtime.generation import Transcript
 from skipvision_export.runtime.pipeline import eos_tokens
@@ -27,9 +27,11 @@ class TorchReference:
         self.processor = load_processor(source.folder)
         self.visual_tokens = source.family.visual_tokens(source.config)
         self.eos = eos_tokens(source.folder, self.processor)
+        summary = saved_summary(source.folder)
+        self.summary = None if summary is None else summary.to(self.model.dtype)
 
     def prepare(self, image: str | Path | Any, prompt: str) -> PromptInputs:
-        """Arrays of a picture and a prompt; raises InputError."""
+        """Arrays of a picture and a prompt, with the model's own placeholders; raises InputError."""
         return prepare(self.processor, image, prompt, self.visual_tokens)
 
     def decode_text(self, token_ids: list[int]) -> str:
@@ -47,11 +49,13 @@ class TorchReference:
     ) -> tuple[Transcript, SkipVisionState | None]:
         """Generate greedily, dense or under `apply_skip_vision(config)`.
 
-        Returns the transcript and, where patched, the state that tells the choice of tokens.
+        Patched, the summary tokens are those trained with the model, where it has any, and prompt
+        tokens are counted with the layout's placeholders. Returns the transcript and, where patched,
+        the state that tells the choice of tokens.
         """
         ids = torch.from_numpy(inputs.input_ids)
-        context = nullcontext() if config is None else apply_skip_vision(self.model, config)
-        with context as state:
+        patch = None if config is None else apply_skip_vision(self.model, config, summary=self.summary)
+        with patch or nullcontext() as state:
             out = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -67,7 +71,7 @@ class TorchReference:
         done = Transcript(
             token_ids=tokens,
             logits=[step[0].float().numpy() for step in out.logits],
-            prompt_tokens=ids.shape[1],
+            prompt_tokens=ids.shape[1] if state is None else state.prompt_length,
         )
         layers = out.past_key_values.layers
         # The last token is chosen but never fed, so decode appended one fewer than was generated.

@@ -63,7 +63,7 @@ class Bipartite(Merge):
     def graph_merge(self, t: tape.Tape, x: ir.Value, keep: int) -> ir.Value:
         """The same in ONNX: the assignment is a one-hot matrix, the sums are a product with it.
 
-        The number of tokens may be dynamic but must be above `keep`.
+        The number of tokens may be dynamic but must be at least `keep`.
         """
         import onnx_ir as ir
 
@@ -74,7 +74,9 @@ class Bipartite(Merge):
         redundancy = t.op("Sub", [redundancy, own])
         n = t.op("Shape", [x], {"start": 1, "end": 2})
         k, zero, axis = constant(t, keep), constant(t, 0), constant(t, 1)
-        order = topk(t, redundancy, n)[1]
+        # With as many as are kept the order must stay: equal scores go by index.
+        some = t.op("Cast", [t.op("Greater", [n, k])], {"to": ir.DataType.FLOAT})
+        order = topk(t, t.op("Mul", [redundancy, some]), n)[1]
         cut = t.op("Sub", [n, k])
         sources = t.op("Slice", [order, zero, cut, axis])
         targets = t.op("Slice", [order, cut, n, axis])

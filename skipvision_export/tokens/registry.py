@@ -50,7 +50,7 @@ class Selector:
     """
 
     name: ClassVar[str]
-    static: ClassVar[bool] = False  # does not look at the picture
+    static: ClassVar[bool] = False  # does not look at the picture: a graph needs no scores
 
     def scores(self, image: TorchImage) -> Tensor:
         """[N, V] float32 without a gradient; ties go to the lower index."""
@@ -75,17 +75,8 @@ class StaticSelector(Selector):
         import torch
 
         n, v, _ = image.features.shape
-        scores = torch.tensor(self.static_scores(v, image.seed))
-        return scores.to(image.features.device).expand(n, v)
-
-    def graph_scores(self, t: tape.Tape, image: GraphImage) -> ir.Value:
-        """A constant, repeated for each image."""
-        from skipvision_export.tokens.ops import constant
-
-        scores = self.static_scores(image.visual_tokens, image.seed)
-        n = t.op("Shape", [image.features], {"start": 0, "end": 1})
-        shape = t.op("Concat", [n, constant(t, image.visual_tokens)], {"axis": 0})
-        return t.op("Expand", [constant(t, *scores.tolist(), dtype=np.float32), shape])
+        scores = torch.tensor(self.static_scores(v, image.seed), device=image.features.device)
+        return scores.expand(n, v)
 
 
 class Merge:

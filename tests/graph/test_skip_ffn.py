@@ -1,5 +1,7 @@
 """Skip-FFN on small graphs: what it rewrites, what it refuses, and that numbers stay right."""
 
+import re
+
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
@@ -65,7 +67,7 @@ def test_split(order):
     model = graph(FFN.format(x="inputs_embeds") + "y = " + order.format(x="inputs_embeds"))
     x = np.random.default_rng(1).standard_normal((2, 5, D)).astype(np.float32)
     dense = run(model.clone(), inputs_embeds=x)
-    SkipFFNPass(1)(model)
+    SkipFFNPass([1])(model)
     assert count(model, "ScatterND") == count(model, "Gather") == 1
     assert count(model, "MatMul") == 3
     index = np.array([0, 3, 6, 9], np.int64)
@@ -80,7 +82,7 @@ def test_no_rows_and_all_rows(index):
     model = graph(FFN.format(x="inputs_embeds") + "y = Add(inputs_embeds, down)")
     x = np.random.default_rng(1).standard_normal((2, 5, D)).astype(np.float32)
     dense = run(model.clone(), inputs_embeds=x)
-    SkipFFNPass(1)(model)
+    SkipFFNPass([1])(model)
     out = run(model, inputs_embeds=x, ffn_index=np.array(index, np.int64))
     np.testing.assert_allclose(out, dense if index else x, atol=1e-6)
 
@@ -89,7 +91,7 @@ def test_a_broken_twin_is_caught():
     model = graph(FFN.format(x="inputs_embeds") + "y = Add(inputs_embeds, down)")
     x = np.random.default_rng(1).standard_normal((2, 5, D)).astype(np.float32)
     dense = run(model.clone(), inputs_embeds=x)
-    SkipFFNPass(1)(model)
+    SkipFFNPass([1])(model)
     scatter = next(node for node in model.graph if node.op_type == "ScatterND")
     scatter.outputs[0].replace_all_uses_with(scatter.inputs[0])
     out = run(model, inputs_embeds=x, ffn_index=np.arange(10))
@@ -98,7 +100,7 @@ def test_a_broken_twin_is_caught():
 
 def refuse(body: str, message: str, layers: int = 1, extra: str = "") -> None:
     with pytest.raises(PassError, match=message):
-        SkipFFNPass(layers)(graph(body, extra=extra))
+        SkipFFNPass([1] * layers)(graph(body, extra=extra))
 
 
 X = "inputs_embeds"
@@ -140,10 +142,48 @@ def test_another_number_than_layers_is_an_error():
 def test_a_branch_with_another_input_is_left_alone():
     body = FFN.format(x=X) + f"h = Add({X}, down) m = Mul(h, mask) a = MatMul(m, w_square) y = Add(h, a)"
     model = graph(body, extra=f", float[batch, sequence, {D}] mask")
-    SkipFFNPass(1)(model)
+    SkipFFNPass([1])(model)
     assert count(model, "ScatterND") == 1
 
 
 def test_a_value_read_outside_is_refused():
     body = FFN.format(x=X) + f"h = Add({X}, down) y = Add(h, n)"
     refuse(body, "also read outside|cannot be split")
+
+
+def three() -> ir.Model:
+    """Three FFNs in a row."""
+    body, x = "", X
+    for i, out in enumerate("hiy"):
+        part = FFN.format(x=x) + f"{out} = Add({x}, down)\n"
+        body += re.sub(r"\b(n|up|gate|sig|act|prod|down)\b", rf"\1_{i}", part)
+        x = out
+    return graph(body)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_tiers(swapped):
+    """Layers of tier 2, 0 and 1; a twin in which two of them have each other's index."""
+    x = np.random.default_rng(1).standard_normal((1, 6, D)).astype(np.float32)
+    rows = {0: list(range(6)), 1: [0, 5], 2: [0, 2, 3, 5]}
+    one = graph(FFN.format(x="inputs_embeds") + "y = Add(inputs_embeds, down)")
+    expected = x
+    for tier in (2, 0, 1):
+        dense = run(one.clone(), inputs_embeds=expected)
+        expected = expected.copy()
+        expected[:, rows[tier]] = dense[:, rows[tier]]
+    model = three()
+    SkipFFNPass([1, 0, 2] if swapped else [2, 0, 1])(model)
+    assert count(model, "ScatterND") == 2
+    assert [v.name for v in model.graph.inputs] == ["inputs_embeds", "ffn_index", "ffn_index.2"]
+    feeds = {"ffn_index": np.array(rows[1]), "ffn_index.2": np.array(rows[2])}
+    out = run(model, inputs_embeds=x, **feeds)
+    assert (abs(out - expected).max() > 0.1) == swapped
+    if not swapped:
+        np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_tier_zero_everywhere_leaves_the_graph():
+    model = three()
+    assert not SkipFFNPass([0, 0, 0])(model).modified
+    assert [v.name for v in model.graph.inputs] == ["inputs_embeds"]

@@ -5,25 +5,33 @@ Passes import onnx_ir and numpy only, so that they can be tested on any graph.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from skipvision_export.config import SkipVisionConfig
 from skipvision_export.graph.passes.kv_prune import KVPrunePass
+from skipvision_export.graph.passes.lay_out import LayOutPass, Weights
 from skipvision_export.graph.passes.names import DECODE, EMBED, PREFILL, VISION
 from skipvision_export.graph.passes.native_gqa import NativeGQAPass
-from skipvision_export.graph.passes.select_tokens import SelectTokensPass
 from skipvision_export.graph.passes.skip_ffn import SkipFFNPass
+from skipvision_export.graph.passes.strict_mask import StrictMaskPass
+from skipvision_export.layout import TokenLayout
 
 
 @dataclass(frozen=True)
 class PassContext:
-    """What passes have to know about the model: numbers only."""
+    """What passes have to know about the model and the method: numbers only.
+
+    summary: weights of the summary tokens, see LayOutPass; empty where the layout has none.
+    """
 
     num_layers: int
     vision_layers: int
     visual_tokens: int
-    retained: int
+    config: SkipVisionConfig
+    layout: TokenLayout
+    summary: Weights = field(default_factory=dict)
 
 
 def passes_for(graph: str, context: PassContext) -> list[ir.passes.InPlacePass]:
@@ -32,14 +40,17 @@ def passes_for(graph: str, context: PassContext) -> list[ir.passes.InPlacePass]:
     Skip-FFN comes before anything that would fuse the residual Add away. KV-prune comes last: it
     renames the graph's outputs.
     """
+    config, layout = context.config, context.layout
+    tiers = [layout.layer_tier(layer) for layer in range(context.num_layers)]
     passes: dict[str, list[ir.passes.InPlacePass]] = {
         VISION: [
-            SelectTokensPass(context.retained, context.visual_tokens, context.vision_layers),
+            LayOutPass(config, layout, context.visual_tokens, context.vision_layers, context.summary),
         ],
         EMBED: [],
         PREFILL: [
             NativeGQAPass(),
-            SkipFFNPass(context.num_layers),
+            SkipFFNPass(tiers),
+            *([StrictMaskPass()] if config.strict else []),
             KVPrunePass(context.num_layers),
         ],
         DECODE: [NativeGQAPass()],

@@ -9,6 +9,11 @@ DECODE = "decoder_decode"
 
 FFN_INDEX = "ffn_index"
 KV_KEEP_INDEX = "kv_keep_index"
+# Only in bundles with strict masking.
+IMAGE_INDEX = "image_index"
+
+# Inside the vision encoder, where tokens are laid out: the features before that.
+RASTER_FEATURES = "image_features.raster"
 
 # The project's operator domain and its version.
 DOMAIN = "skipvision"

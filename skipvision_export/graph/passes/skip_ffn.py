@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
 from skipvision_export.errors import PassError
-from skipvision_export.graph.passes.names import FFN_INDEX
+from skipvision_export.graph.passes.names import ffn_dim_name, ffn_index_name
 from skipvision_export.graph.passes.regions import Branch, is_constant, residual_branches
 from skipvision_export.graph.passes.rowwise import RANK, prove_rowwise
 
@@ -27,12 +29,14 @@ class SkipFFNPass(ir.passes.InPlacePass):
     2. An FFN with an operator that mixes tokens, or that no rule covers: PassError names the node.
     3. A branch that also takes the mask, positions or a cache is attention: left alone.
     4. No FFN, or another number than the model has layers: PassError.
+    5. Layers of several tiers (a policy): each tier's FFNs take an index of their own, named by
+       `ffn_index_name`; a layer of tier 0 is left as it is.
     """
 
-    def __init__(self, num_layers: int) -> None:
-        """num_layers: decoder layers, each of which must have one FFN."""
+    def __init__(self, tiers: Sequence[int]) -> None:
+        """tiers: of each decoder layer in order (TokenLayout.layer_tier); each must have one FFN."""
         super().__init__()
-        self.num_layers = num_layers
+        self.tiers = tuple(tiers)
         self.count = 0
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -44,27 +48,22 @@ class SkipFFNPass(ir.passes.InPlacePass):
                 "no FFN found in the decoder: no residual branch of the graph depends on the residual "
                 "stream alone and holds a MatMul with constant weights"
             )
-        if len(ffns) != self.num_layers:
+        if len(ffns) != len(self.tiers):
             raise PassError(
-                f"found {len(ffns)} FFNs in a decoder of {self.num_layers} layers: "
+                f"found {len(ffns)} FFNs in a decoder of {len(self.tiers)} layers: "
                 f"{', '.join(ffn.scope for ffn in ffns)}"
             )
         embeds = next(v for v in graph.inputs if v.name == "inputs_embeds")
-        for ffn in ffns:
+        split = [(ffn, tier) for ffn, tier in zip(ffns, self.tiers, strict=True) if tier]
+        for ffn, _ in split:
             _check_trunk(ffn, embeds)
             prove_rowwise(ffn.nodes, ffn.trunk, f"the FFN {ffn.scope}")
             _check_closed(ffn, graph)
-        index = ir.Value(
-            name=FFN_INDEX,
-            type=ir.TensorType(ir.DataType.INT64),
-            shape=ir.Shape(["ffn_tokens"]),
-        )
-        graph.inputs.append(index)
-        column = _unsqueeze_once(graph, index)
-        for ffn in ffns:
-            _split(graph, ffn, index, column)
-        self.count = len(ffns)
-        return ir.passes.PassResult(model, modified=True)
+        indices = {tier: _index_input(graph, tier) for tier in sorted({tier for _, tier in split})}
+        for ffn, tier in split:
+            _split(graph, ffn, *indices[tier])
+        self.count = len(split)
+        return ir.passes.PassResult(model, modified=bool(split))
 
 
 def find_ffns(graph: ir.Graph) -> list[Branch]:
@@ -101,16 +100,22 @@ def _check_closed(ffn: Branch, graph: ir.Graph) -> None:
                 )
 
 
-def _unsqueeze_once(graph: ir.Graph, index: ir.Value) -> ir.Value:
-    """[M] -> [M, 1], the index format of ScatterND, shared by all layers."""
+def _index_input(graph: ir.Graph, tier: int) -> tuple[ir.Value, ir.Value]:
+    """A tier's index of rows [M], a new input, and as [M, 1], which ScatterND takes; made once."""
+    index = ir.Value(
+        name=ffn_index_name(tier),
+        type=ir.TensorType(ir.DataType.INT64),
+        shape=ir.Shape([ffn_dim_name(tier)]),
+    )
+    graph.inputs.append(index)
     builder = tape.Tape(graph)
     axes = _ints(graph, "skip_ffn.one", [1])
     column = builder.op("Unsqueeze", [index, axes])
-    column.name = f"{FFN_INDEX}.column"
+    column.name = f"{index.name}.column"
     for node in builder.nodes:
         graph.remove(node)
         graph.insert_before(graph[0], node)
-    return column
+    return index, column
 
 
 def _split(graph: ir.Graph, ffn: Branch, index: ir.Value, column: ir.Value) -> None:

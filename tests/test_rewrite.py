@@ -1,0 +1,163 @@
+"""Every kind of configuration on the random model: rewritten ONNX against patched PyTorch."""
+
+import shutil
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from skipvision_export import Bundle, SkipVisionConfig
+from skipvision_export.benchmark.parity import measure_gaps, synthetic_prompts
+from skipvision_export.bundle import Manifest
+from skipvision_export.method import SummaryTokens, save_skip_vision
+
+LIMIT = 1e-4
+counts = SkipVisionConfig.counts
+POLICY = (0.75, 0.0, 0.3)
+
+CONFIGS = {
+    **{name: SkipVisionConfig.preset(name) for name in ("skip-50", "skip-90", "quarter")},
+    "merge": counts(9, 16),
+    "summaries": counts(16, 48, summaries=True),
+    "retained=0": counts(0, 64),
+    "retained=0, merged to one": counts(0, 1, summaries=True),
+    "pass last": counts(9, 16, pass_through="last", summaries=True),
+    "pass first and last": counts(9, 16, pass_through="first_last"),
+    "strict": counts(9, 16, summaries=True, strict=True),
+    "strict, pass last": counts(16, 48, strict=True, pass_through="last"),
+    "no Skip-FFN": counts(9, 16, summaries=True, skip_ffn=False),
+    "no Skip-KV": counts(9, 16, summaries=True, skip_kv=False),
+    "no Skip-KV, pass last": counts(9, 16, summaries=True, skip_kv=False, pass_through="last"),
+    "merge and summaries alone": counts(9, 16, summaries=True, skip_ffn=False, skip_kv=False),
+    "dart": counts(9, 16, summaries=True, selector="dart"),
+    "uniform": counts(9, 16, summaries=True, selector="uniform"),
+    "random, raster": SkipVisionConfig(skip_share=0.7, selector="random", order="raster", seed=5),
+    "policy": SkipVisionConfig(layer_shares=POLICY),
+    "policy, raster": SkipVisionConfig(layer_shares=POLICY, selector="uniform", order="raster"),
+    "policy of nothing": SkipVisionConfig(layer_shares=(0.0, 0.0, 0.0)),
+}
+
+
+@pytest.fixture(scope="module")
+def trained_summary(traced):
+    """Summary tokens beside the random model, as a fine-tuned checkpoint has them."""
+    import torch
+
+    torch.manual_seed(1)
+    summary = SummaryTokens(64)
+    with torch.no_grad():
+        for parameter in summary.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    folder = traced.source.folder
+    save_skip_vision(folder, CONFIGS["quarter"], summary)
+    yield summary
+    for file in folder.glob("skip_vision*"):
+        file.unlink()
+
+
+@pytest.fixture(scope="module")
+def reference(traced, trained_summary):
+    from skipvision_export.runtime.torch_reference import TorchReference
+
+    return TorchReference(traced.source, traced.model)
+
+
+@pytest.fixture(scope="module")
+def bundles(traced, trained_summary, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rewrite")
+    made = {}
+
+    def bundle(name):
+        if name not in made:
+            made[name] = traced.write(folder / str(len(made)), CONFIGS[name])
+        return made[name]
+
+    return bundle
+
+
+def gap(bundle, reference, prompts=2):
+    report = measure_gaps(
+        bundle, reference, synthetic_prompts(prompts, 96), max_new_tokens=3, gaps=["rewrite"]
+    )
+    return report.gaps["rewrite"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rewritten_equals_patched(name, bundles, reference):
+    found = gap(bundles(name), reference)
+    assert found.passed
+    assert found.overall.max_abs <= LIMIT
+    assert len(found.outputs) == 7
+
+
+@pytest.mark.parametrize("name", ["quarter", "strict", "policy"])
+def test_unrewritten_parts_equal_dense(name, bundles, reference):
+    report = measure_gaps(
+        bundles(name), reference, synthetic_prompts(2, 96), max_new_tokens=3, gaps=["export", "method"]
+    )
+    assert report.gaps["export"].passed
+    assert report.gaps["method"].outputs["logits"].max_abs > 0.1
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_manifest_gives_the_layout_back(name, bundles, traced):
+    source, bundle = traced.source, bundles(name)
+    layout = source.family.layout(source.config, CONFIGS[name])
+    manifest = Manifest.load(bundle.folder)
+    assert manifest.layout == layout
+    assert manifest.roles.retained + manifest.roles.skipped + manifest.roles.summaries == layout.total
+    features = next(t for t in manifest.graphs["vision_encoder"].outputs)
+    assert features.shape[1] == layout.total
+    inputs = {t.name for t in manifest.graphs["decoder_prefill"].inputs}
+    assert ("image_index" in inputs) == CONFIGS[name].strict
+
+
+# -- broken twins ------------------------------------------------------------------------------------
+
+
+def twin(bundle, tmp_path, graph, damage):
+    folder = shutil.copytree(bundle.folder, tmp_path / damage.__name__)
+    file = folder / "onnx" / f"{graph}.onnx"
+    model = ir.load(file)
+    damage(model.graph)
+    ir.save(model, file)
+    return Bundle.load(folder, verify=False)
+
+
+def leave_as_it_is(graph):
+    """Not broken."""
+
+
+def lose_the_strict_mask(graph):
+    """Attention reads the mask as it was."""
+    for node in graph:
+        if node.op_type == "Attention":
+            node.replace_input_with(3, node.inputs[3].producer().inputs[0])
+
+
+def swap_the_tiers(graph):
+    """Each layer of a policy takes the other's index."""
+    one, two = (next(v for v in graph.inputs if v.name == n) for n in ("ffn_index", "ffn_index.2"))
+    one.name, two.name = "ffn_index.2", "ffn_index"
+
+
+def forget_the_training(graph):
+    """The summary is a plain mean."""
+    value = graph.initializers["skip_vision.summary.ada.1.weight"]
+    zeros = np.zeros_like(value.const_value.numpy())
+    value.const_value = ir.tensor(zeros, name=value.name)
+
+
+@pytest.mark.parametrize(
+    ("name", "graph", "damage"),
+    [
+        ("strict", "decoder_prefill", lose_the_strict_mask),
+        ("policy", "decoder_prefill", swap_the_tiers),
+        ("quarter", "vision_encoder", forget_the_training),
+    ],
+)
+def test_broken_graphs_are_caught(name, graph, damage, bundles, reference, tmp_path):
+    assert gap(twin(bundles(name), tmp_path, graph, leave_as_it_is), reference, 1).passed
+    found = gap(twin(bundles(name), tmp_path, graph, damage), reference, 1)
+    assert not found.passed
+    assert found.overall.max_abs > 100 * LIMIT
