@@ -39,6 +39,7 @@ class SkipVisionConfig:
     pass_through: skipped tokens that go through the FFN all the same, the authors' "pass last"
     strict: text after an image does not see its skipped tokens, in training and prefill as well
     skip_ffn, skip_kv: the two halves of the method; False is for ablations
+    kv_share: of a policy: share of the visual tokens whose K/V are dropped after prefill
     tiled: the image comes as a thumbnail and tiles (LLaVA-NeXT); all tiles' tokens are merged
     """
 
@@ -59,6 +60,7 @@ class SkipVisionConfig:
     skip_kv: bool = True
     tiled: bool = False
     seed: int = 0
+    kv_share: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself; raises ConfigError."""
@@ -88,6 +90,7 @@ class SkipVisionConfig:
         for label, share, top in (
             ("skip_share", self.skip_share, self.skip_share != 1),
             ("retained_share", self.retained_share, True),
+            ("kv_share", self.kv_share, True),
             *(("layer_shares", share, True) for share in self.layer_shares or ()),
         ):
             if share is not None and not (0 <= share <= 1 and top):
@@ -107,6 +110,8 @@ class SkipVisionConfig:
             if value not in allowed:
                 raise ConfigError(f"{label} {value!r} is not one of {', '.join(allowed)}")
         by_layer = self.layer_shares is not None
+        if self.kv_share and not by_layer:
+            raise ConfigError("kv_share belongs to a policy with layer_shares; presets use skip_kv")
         if by_layer and (self.summaries or self.strict or self.tiled or self.pass_through != "none"):
             raise ConfigError(
                 "a policy with layer_shares takes no summaries, no pass_through, no strict masking and "
@@ -147,7 +152,7 @@ class SkipVisionConfig:
     def is_dense(self) -> bool:
         """True where the model is left as it is."""
         if self.layer_shares is not None:
-            return not any(self.layer_shares)
+            return not any(self.layer_shares) and not self.kv_share
         nothing = self.skip_share == 0 if self.skip_share is not None else self.skipped == 0
         return nothing and not self.summaries and self.visual_tokens is None and not self.merges_some
 
@@ -243,18 +248,27 @@ class SkipVisionConfig:
     def _policy_layout(self, visual_tokens: int) -> TokenLayout:
         assert self.layer_shares is not None
         counts = [round(visual_tokens * share) for share in self.layer_shares]
-        levels = sorted({n for n in counts if n}, reverse=True)  # tier 1 skips the most tokens
-        layer_tiers = tuple(levels.index(n) + 1 if n else 0 for n in counts)
+        dropped = round(visual_tokens * self.kv_share)
+        levels = sorted({n for n in (*counts, dropped) if n}, reverse=True)  # tier 1 has the most tokens
+
+        def tier_of(count: int) -> int:
+            return levels.index(count) + 1 if count else 0
+
         # A token has the highest tier whose layers let it skip; tokens are ranked by importance.
         tier_of_rank = [sum(rank >= visual_tokens - n for n in levels) for rank in range(visual_tokens)]
         ranks: Iterable[int] = range(visual_tokens)
         if self.order == "raster":
             ranks = _static_ranks(self.selector, self.seed, visual_tokens)
-        tiers = [tier_of_rank[rank] for rank in ranks]
-        bypass = self._role(False, not self.skip_kv)
-        grouped = [(tier, len(list(run))) for tier, run in groupby(tiers)]
+        grouped = [(tier, len(list(run))) for tier, run in groupby(tier_of_rank[rank] for rank in ranks)]
+        layer_tiers = tuple(map(tier_of, counts))
+        lowest = min(filter(None, layer_tiers), default=len(levels) + 1)
+
+        def role(tier: int) -> Role:
+            kept = not dropped or tier < tier_of(dropped)
+            return "retained" if tier < lowest and kept else self._role(tier < lowest, kept)
+
         return TokenLayout(
-            tuple((bypass if tier else "retained", n) for tier, n in grouped),
+            tuple((role(tier), n) for tier, n in grouped),
             tuple(tier for tier, _ in grouped),
             layer_tiers,
         )

@@ -29,14 +29,15 @@ class Settings:
 
     shares: candidates of a layer's share of skipped visual tokens, in (0, 1], put in ascending order;
     selector: a name in `skipvision_export.tokens`; one that does not look at the picture leaves
-    tokens where they are (order "raster"), others group them; skip_kv: K/V of tokens that skip
-    anywhere are dropped after prefill; seed: of the draw of samples. Raises ConfigError.
+    tokens where they are (order "raster"), others group them; kv_share: share of the visual tokens
+    whose K/V are dropped after prefill, the same for every policy that is tried; seed: of the
+    draw of samples. Raises ConfigError.
     """
 
     samples: int = 32
     shares: tuple[float, ...] = (0.5, 0.75, 0.9, 1.0)
     selector: str = "uniform"
-    skip_kv: bool = False
+    kv_share: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -55,7 +56,7 @@ class Settings:
             layer_shares=shares,
             selector=self.selector,
             order=order,
-            skip_kv=self.skip_kv,
+            kv_share=self.kv_share,
             visual_tokens=visual_tokens,
         )
 
@@ -225,7 +226,6 @@ def calibrate(made: Plan, model: Any = None, progress: Progress = lambda _: None
             made.flops,
             made.budget,
             tell,
-            coupled=made.settings.skip_kv,
         )
     if len(search.path) == 1:
         raise ConfigError(_unreachable(made, search))

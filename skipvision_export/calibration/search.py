@@ -66,8 +66,6 @@ def lazy_greedy(
     flops: Callable[[Shares], int],
     budget: Budget,
     progress: Callable[[Point], None] = lambda _: None,
-    *,
-    coupled: bool = False,
 ) -> Search:
     """Take the move that adds the least divergence for each operation saved, until the budget is met.
 
@@ -77,15 +75,15 @@ def lazy_greedy(
     2007; exact where divergences add up or grow, as a rule nearly so elsewhere). A move that would
     exceed a divergence budget is dropped with all that follow it in that layer.
 
-    coupled: the highest share of any layer has an effect of its own (K/V are dropped by it), which
-    makes the other layers' moves cheaper than they were: all are measured again when it rises.
-
     Measurements: `layers` at first, one for each move taken, and the repeated ones; in all two to three
     for each move, such as 70 to 230 for 32 layers and 4 shares to save 10 to 30 % (on invented effects
-    that interact). `coupled` adds up to `layers` for each share. Each costs two forward passes for each
-    sample: the prefill, and the answer's tokens over its cache; the dense model costs one measurement.
+    that interact). Each costs two forward passes for each
+    sample: the prefill, and the answer's tokens over its cache; the dense model and the policy of no move
+    cost one measurement each.
     """
-    dense = Point((0.0,) * layers, flops((0.0,) * layers), 0.0)
+    nothing = (0.0,) * layers
+    # Not 0 by definition: K/V may be dropped all the same.
+    dense = Point(nothing, flops(nothing), measure(nothing))
     search = Search([dense], [])
     heap: list[tuple[float, int, int, Point]] = []
 
@@ -111,12 +109,6 @@ def lazy_greedy(
         if stamp != len(search.path):
             push(layer)
         elif budget.allows(point):
-            raised = max(point.shares) > max(search.path[-1].shares)
             search.path.append(point)
-            again = [layer]
-            if coupled and raised:
-                again += [entry[1] for entry in heap]
-                heap.clear()
-            for other in again:
-                push(other)
+            push(layer)
     return search

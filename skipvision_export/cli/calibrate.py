@@ -29,12 +29,12 @@ def calibrate(
     max_divergence: Annotated[
         float | None, typer.Option(metavar="KL", help="Budget: mean KL of next-token logits, in nats.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Questions to draw from the data.")] = 32,
+    samples: Annotated[int, typer.Option(min=1, help="Questions to draw from the data.")] = 64,
     shares: Annotated[str, typer.Option(help="Shares to try in a layer.")] = "0.5,0.75,0.9,1.0",
     selector: Annotated[str, typer.Option(help="Which tokens are retained; uniform or another.")] = "uniform",
-    skip_kv: Annotated[
-        bool, typer.Option("--skip-kv/--no-skip-kv", help="Drop K/V of tokens that skip anywhere.")
-    ] = False,
+    kv_share: Annotated[
+        float, typer.Option(help="Share of visual tokens whose K/V are dropped after prefill.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the draw of questions.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     device: Annotated[str, typer.Option(help="Where PyTorch runs: cpu, cuda, cuda:1.")] = "cpu",
@@ -58,7 +58,7 @@ def calibrate(
     from skipvision_export.models.loading import load_model, resolve_model
 
     budget = Budget(flops, max_divergence)
-    settings = Settings(samples, _numbers(shares), selector, skip_kv, seed)
+    settings = Settings(samples, _numbers(shares), selector, kv_share, seed)
     _check_choices(dtype, device)
     picture = output.with_suffix(".svg")
     if picture == output:

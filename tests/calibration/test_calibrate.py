@@ -98,7 +98,7 @@ def test_divergence_equals_the_plain_way(probe, selector):
 
 def test_dense_diverges_nowhere_and_dropped_kv_counts(probe):
     assert probe.divergence(config(0.0, 0.0, 0.0)) == 0
-    kept, dropped = (probe.divergence(config(0.0, 1.0, 0.0, skip_kv=kv)) for kv in (False, True))
+    kept, dropped = (probe.divergence(config(0.0, 1.0, 0.0, kv_share=kv)) for kv in (0.0, 1.0))
     assert kept > 1e-6
     assert dropped != pytest.approx(kept, rel=1e-3)
 
@@ -163,7 +163,7 @@ def test_divergence_budget(source, model, data):
     assert 0 < found.best.divergence <= 1e-3
     with pytest.raises(ConfigError, match="the least that any move costs"):
         calibrate(
-            plan(source, data, Budget(divergence=1e-30), Settings(4, (1.0,), skip_kv=True)),
+            plan(source, data, Budget(divergence=1e-30), Settings(4, (1.0,), kv_share=1.0)),
             model,
         )
 

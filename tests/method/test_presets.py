@@ -98,7 +98,6 @@ def test_every_paper_preset_has_its_layout():
 
 def test_policies_skip_by_layer(model, inputs):
     config = SkipVisionConfig(layer_shares=(0.0, 0.5, 1.0), selector="uniform", order="raster")
-    config = replace(config, skip_kv=False)
     counted = {}
     layers = model.model.language_model.layers
     hooks = [
