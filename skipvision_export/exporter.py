@@ -88,6 +88,7 @@ class TracedModel:
                 model=ModelInfo(
                     **asdict(dims),
                     visual_tokens=visual,
+                    tiled=family.tiled,
                     image_token_id=family.image_token_id(hf_config),
                 ),
                 dtype=self.dtype,

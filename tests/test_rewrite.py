@@ -34,6 +34,10 @@ CONFIGS = {
     "random, raster": SkipVisionConfig(skip_share=0.7, selector="random", order="raster", seed=5),
     "policy": SkipVisionConfig(layer_shares=POLICY),
     "policy, raster": SkipVisionConfig(layer_shares=POLICY, selector="uniform", order="raster"),
+    "policy, half of the K/V": SkipVisionConfig(layer_shares=POLICY, kv_share=0.5),
+    "policy, most of the K/V": SkipVisionConfig(
+        layer_shares=POLICY, kv_share=0.9, selector="uniform", order="raster"
+    ),
     "policy of nothing": SkipVisionConfig(layer_shares=(0.0, 0.0, 0.0)),
 }
 

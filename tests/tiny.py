@@ -144,6 +144,13 @@ def tiny_next_processor(image_size: int = 96, patch_size: int = 12) -> LlavaNext
     )
 
 
+def write_tiny_next(folder: Path) -> Path:
+    """The same as LLaVA-NeXT."""
+    tiny_model(tiny_next_config()).save_pretrained(folder)
+    tiny_next_processor().save_pretrained(folder)
+    return folder
+
+
 def write_tiny(folder: Path, **text: Any) -> Path:
     """Save model and processor as a Hugging Face folder."""
     tiny_model(tiny_config(**text)).save_pretrained(folder)

@@ -158,7 +158,8 @@ class _Contenders:
     def ort_all(self, prompt: Prompt) -> Transcript:
         """The bundle with nothing chosen, merged, skipped or dropped."""
         inputs = self._inputs(prompt)
-        return self._run(self._everything, inputs, features=self._raster(inputs.pixel_values))
+        features = self.reference.pack(self._raster(inputs.pixel_values), inputs)
+        return self._run(self._everything, inputs, features=features)
 
     @cached_property
     def _plain(self) -> Generator:

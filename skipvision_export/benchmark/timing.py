@@ -65,6 +65,8 @@ def bench_inputs(bundle: Bundle, text_tokens: int) -> PromptInputs:
     rng = np.random.default_rng(0)
     model = bundle.manifest.model
     pixels = next(t for t in bundle.manifest.graphs["vision_encoder"].inputs).shape[1:]
+    # A dynamic size here is the number of crops of a tiled image: a thumbnail and four tiles.
+    pixels = [n if isinstance(n, int) else 5 for n in pixels]
     others = np.setdiff1d(np.arange(model.vocab_size), [model.image_token_id])
     before = text_tokens // 4
     ids = np.concatenate(
@@ -76,7 +78,7 @@ def bench_inputs(bundle: Bundle, text_tokens: int) -> PromptInputs:
     )
     return PromptInputs(
         ids[None].astype(np.int64),
-        rng.standard_normal((1, *[int(n) for n in pixels])).astype(np.float32),
+        rng.standard_normal((1, *map(int, pixels))).astype(np.float32),
     )
 
 

@@ -65,7 +65,10 @@ class Roles(_Strict):
 
 
 class ModelInfo(_Strict):
-    """Sizes that runtimes and benchmarks need without opening a graph."""
+    """Sizes that runtimes and benchmarks need without opening a graph.
+
+    visual_tokens are those of one crop where an image is `tiled`, a thumbnail and tiles.
+    """
 
     num_layers: int
     hidden_size: int
@@ -76,6 +79,7 @@ class ModelInfo(_Strict):
     vocab_size: int
     visual_tokens: int
     image_token_id: int
+    tiled: bool = False
 
 
 class Manifest(_Strict):

@@ -28,6 +28,7 @@ from skipvision_export.cli.common import (
 )
 from skipvision_export.config import PRESETS, SkipVisionConfig
 from skipvision_export.errors import ConfigError
+from skipvision_export.layout import TokenLayout
 
 TextTokens = Annotated[int, typer.Option(min=1, help="Text tokens beside the visual ones.")]
 
@@ -80,10 +81,12 @@ def inspection(source: Any, text_tokens: int, chosen: SkipVisionConfig | None = 
     from skipvision_export.method.saved import saved_config
 
     family, config = source.family, source.config
-    dims, visual = family.decoder_dims(config), family.visual_tokens(config)
+    dims, visual = family.decoder_dims(config), family.most_visual_tokens(config)
 
     def row(choice: SkipVisionConfig) -> dict[str, float]:
-        layout = family.layout(config, choice)
+        return counted(family.layout(config, choice))
+
+    def counted(layout: TokenLayout) -> dict[str, float]:
         cost = prefill_cost(dims, layout, text_tokens)
         return {
             "retained": layout.retained,
@@ -108,7 +111,7 @@ def inspection(source: Any, text_tokens: int, chosen: SkipVisionConfig | None = 
         "num_layers": dims.num_layers,
         "visual_tokens": visual,
         "text_tokens": text_tokens,
-        "dense": row(SkipVisionConfig.dense()),
+        "dense": counted(TokenLayout((("retained", visual),))),
         "presets": presets,
         "unsupported": unsupported,
     }

@@ -79,6 +79,8 @@ def name_dims(model: ir.Model, graph: str) -> None:
     for value in model.graph.inputs:
         assert value.name is not None and value.shape is not None
         names = named.get(value.name)
+        if value.name == "pixel_values" and len(value.shape) == 5:
+            names = ["num_images", "num_crops", None, None, None]
         if names is None and value.name.startswith("past_key_values."):
             names = ["batch", None, "past_sequence", None]
         for axis, name in enumerate(names or []):

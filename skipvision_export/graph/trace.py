@@ -62,8 +62,8 @@ def trace(model: nn.Module, family: ModelFamily, progress: Progress = lambda _: 
         progress("vision encoder")
         graphs[VISION] = _export(
             VisionEncoder(model, family),
-            (floats(2, 3, vision.image_size, vision.image_size),),
-            ({0: images},),
+            (floats(2, *([3] if family.tiled else []), 3, vision.image_size, vision.image_size),),
+            ({0: images, 1: dim("crops")} if family.tiled else {0: images},),
             ["pixel_values"],
             ["image_features"],
         )

@@ -15,7 +15,10 @@ from skipvision_export.models import ModelFamily
 
 
 class VisionEncoder(nn.Module):
-    """pixel_values [N, 3, height, width] -> image_features [N, V, D] in raster order."""
+    """pixel_values [N, 3, height, width] -> image_features [N, V, D] in raster order.
+
+    Tiled: pixel_values [N, T, 3, height, width] -> [N, T*V, D], crop by crop, the thumbnail first.
+    """
 
     def __init__(self, model: nn.Module, family: ModelFamily) -> None:
         """Keep the parts that the picture goes through."""
@@ -24,9 +27,16 @@ class VisionEncoder(nn.Module):
         self.tower = family.vision_tower(model)
         self.projector = family.projector(model)
         self.layer = config.vision_feature_layer
+        self.tiled = family.tiled
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Hidden states of the feature layer, CLS dropped, projected."""
+        if self.tiled:
+            crops = self._encode(pixel_values.flatten(0, 1))
+            return crops.unflatten(0, pixel_values.shape[:2]).flatten(1, 2)
+        return self._encode(pixel_values)
+
+    def _encode(self, pixel_values: Tensor) -> Tensor:
         hidden = self.tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
         return self.projector(hidden[self.layer][:, 1:])  # type: ignore[no-any-return]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from skipvision_export.models.llava import Llava
 from skipvision_export.models.registry import register
 
@@ -18,3 +20,9 @@ class LlavaNext(Llava):
     name = "llava_next"
     architectures = ("LlavaNextForConditionalGeneration",)
     tiled = True
+
+    def most_visual_tokens(self, config: Any) -> int:
+        """Those of the largest grid and the thumbnail; padding and newline tokens are not counted."""
+        side = config.vision_config.image_size
+        tiles = max((height // side) * (width // side) for height, width in config.image_grid_pinpoints)
+        return (1 + tiles) * self.visual_tokens(config)

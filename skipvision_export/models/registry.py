@@ -61,6 +61,10 @@ class ModelFamily:
         """Visual tokens for each image (each crop, where `tiled`), before any is merged."""
         raise NotImplementedError
 
+    def most_visual_tokens(self, config: Any) -> int:
+        """Visual tokens of an image where nothing is skipped; the most there can be, where it varies."""
+        return self.visual_tokens(config)
+
     def layout(self, hf_config: Any, config: SkipVisionConfig) -> TokenLayout:
         """Resolve a configuration for a model; raises ConfigError where it does not fit."""
         return config.layout(

@@ -88,9 +88,9 @@ class Bundle:
     def prepare(self, image: str | Path | Image.Image, prompt: str) -> PromptInputs:
         """Arrays of a picture and a prompt, with the layout's placeholders; raises InputError."""
         model = self.manifest.model
-        inputs = prepare(self.processor, image, prompt, model.visual_tokens)
-        total = self.manifest.layout.total
-        return resize_placeholders(inputs, model.image_token_id, model.visual_tokens, total)
+        visual = None if model.tiled else model.visual_tokens
+        inputs = prepare(self.processor, image, prompt, visual)
+        return resize_placeholders(inputs, model.image_token_id, visual, self.manifest.layout.total)
 
     def run(self, inputs: PromptInputs, max_new_tokens: int = 64, **options: Any) -> Transcript:
         """Generate from arrays; options: those of Generator.generate."""

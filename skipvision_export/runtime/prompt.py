@@ -17,11 +17,13 @@ from skipvision_export.errors import InputError
 class PromptInputs:
     """input_ids [1, S] int64 with one placeholder for each visual token, pixel_values [1, 3, h, w].
 
-    The number of placeholders is the model's own, or, after `resize_placeholders`, the layout's.
+    The number of placeholders is the model's own, or, after `resize_placeholders`, the layout's. Of a
+    tiled image, pixel_values are [1, T, 3, h, w] and image_sizes [1, 2] its height and width.
     """
 
     input_ids: npt.NDArray[np.int64]
     pixel_values: npt.NDArray[np.float32]
+    image_sizes: npt.NDArray[np.int64] | None = None
 
 
 def load_image(image: str | Path | Image.Image) -> Image.Image:
@@ -68,8 +70,12 @@ def prompt_text(processor: Any, prompt: str) -> str:
     return prompt
 
 
-def prepare(processor: Any, image: str | Path | Image.Image, prompt: str, visual_tokens: int) -> PromptInputs:
+def prepare(
+    processor: Any, image: str | Path | Image.Image, prompt: str, visual_tokens: int | None
+) -> PromptInputs:
     """Arrays of a picture and a question, or of a whole prompt that holds the placeholder.
+
+    visual_tokens: of a picture; None where it varies with the picture's size (tiled models).
 
     Raises InputError for a picture or a prompt that cannot be used.
     """
@@ -77,32 +83,39 @@ def prepare(processor: Any, image: str | Path | Image.Image, prompt: str, visual
     batch = processor(images=load_image(image), text=prompt, return_tensors="np")
     ids = np.asarray(batch["input_ids"], np.int64)
     found = int((ids == processor.image_token_id).sum())
-    if found != visual_tokens:
+    if visual_tokens is not None and found != visual_tokens:
         raise InputError(
             f"the processor made {found} visual tokens, the model has {visual_tokens}: its patch_size "
             "and num_additional_image_tokens do not fit the model"
         )
-    return PromptInputs(ids, np.asarray(batch["pixel_values"], np.float32))
+    sizes = batch.get("image_sizes") if visual_tokens is None else None
+    return PromptInputs(
+        ids,
+        np.asarray(batch["pixel_values"], np.float32),
+        None if sizes is None else np.asarray(sizes, np.int64),
+    )
 
 
 def resize_placeholders(
-    inputs: PromptInputs, image_token: int, visual_tokens: int, total: int
+    inputs: PromptInputs, image_token: int, visual_tokens: int | None, total: int
 ) -> PromptInputs:
     """Give each picture `total` placeholders in input_ids [1, S] in place of `visual_tokens`.
 
+    visual_tokens None: each run of placeholders is one picture.
     Raises InputError for a run of placeholders that is no multiple of `visual_tokens`.
     """
     ids = inputs.input_ids[0]
     places = ids == image_token
     edges = np.flatnonzero(np.diff(places, prepend=False, append=False)).reshape(-1, 2)
     sizes = edges[:, 1] - edges[:, 0]
-    if (sizes % visual_tokens).any():
+    pictures_of = np.ones_like(sizes) if visual_tokens is None else sizes // visual_tokens
+    if visual_tokens is not None and (sizes % visual_tokens).any():
         raise InputError(
             f"the prompt has runs of {sizes.tolist()} placeholders; expected a multiple of the model's "
             f"{visual_tokens} visual tokens in each"
         )
     parts, at = [], 0
-    for (start, end), pictures in zip(edges, sizes // visual_tokens, strict=True):
+    for (start, end), pictures in zip(edges, pictures_of, strict=True):
         parts += [ids[at:start], np.full(pictures * total, image_token, np.int64)]
         at = end
     return replace(inputs, input_ids=np.concatenate([*parts, ids[at:]])[None])

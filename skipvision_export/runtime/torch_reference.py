@@ -32,12 +32,26 @@ class TorchReference:
 
     def prepare(self, image: str | Path | Any, prompt: str) -> PromptInputs:
         """Arrays of a picture and a prompt, with the model's own placeholders; raises InputError."""
-        return prepare(self.processor, image, prompt, self.visual_tokens)
+        visual = None if self.source.family.tiled else self.visual_tokens
+        return prepare(self.processor, image, prompt, visual)
 
     def decode_text(self, token_ids: list[int]) -> str:
         """Text of generated ids, special tokens left out."""
         text: str = self.processor.tokenizer.decode(token_ids, skip_special_tokens=True)
         return text.strip()
+
+    @torch.no_grad()
+    def pack(self, features: np.ndarray, inputs: PromptInputs) -> np.ndarray:
+        """What the dense decoder reads of raster features [1, T*V, D]: packed, where tiled."""
+        if inputs.image_sizes is None:
+            return features
+        model: Any = self.model.model
+        crops = torch.from_numpy(features)[0].unflatten(0, (-1, self.visual_tokens)).to(self.model.dtype)
+        sizes = torch.from_numpy(inputs.image_sizes)
+        packed, _ = model.pack_image_features(
+            [crops], sizes, self.model.config.vision_feature_select_strategy, model.image_newline
+        )
+        return np.asarray(packed[0][None].float().numpy())
 
     @torch.no_grad()
     def run(
@@ -54,12 +68,15 @@ class TorchReference:
         the state that tells the choice of tokens.
         """
         ids = torch.from_numpy(inputs.input_ids)
+        sizes = inputs.image_sizes
+        tiles = {} if sizes is None else {"image_sizes": torch.from_numpy(sizes)}
         patch = None if config is None else apply_skip_vision(self.model, config, summary=self.summary)
         with patch or nullcontext() as state:
             out = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 pixel_values=torch.from_numpy(inputs.pixel_values).to(self.model.dtype),
+                **tiles,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 eos_token_id=list(self.eos) or None,
