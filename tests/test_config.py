@@ -15,7 +15,7 @@ def test_shares_fit_every_model(visual, share):
     assert abs(layout.count("skipped") - visual * share) <= 0.5
 
 
-@given(st.integers(1, 3000), st.floats(0.01, 0.99), st.floats(0, 1))
+@given(st.integers(1, 3000), st.floats(0.01, 0.99), st.floats(0, 0.99))
 def test_shares_that_merge_fit_every_model(visual, skip, part):
     config = SkipVisionConfig(skip_share=skip, retained_share=(1 - skip) * part)
     if round(visual * skip):
