@@ -62,7 +62,7 @@ class TracedModel:
             visual_tokens=visual,
             config=config,
             layout=layout,
-            summary=_summary_weights(self.source, dims.hidden_size) if layout.summaries else {},
+            summary=_summary_weights(self.source) if layout.summaries else {},
         )
         graphs = rewrite(self.trace, context).graphs
         with atomic_folder(out, force) as folder:
@@ -110,6 +110,8 @@ def trace_model(
 
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    # Before the long part: a summary that does not fit is refused here.
+    _summary_weights(source)
     progress("loading weights")
     model = load_model(source, dtype)
     steps = trace(model, source.family, lambda graph: progress(f"tracing {graph}"))
@@ -146,11 +148,12 @@ def export(
     return traced.write(out, config, force)
 
 
-def _summary_weights(source: ModelSource, hidden_size: int) -> dict[str, Any]:
+def _summary_weights(source: ModelSource) -> dict[str, Any]:
     """Weights of the summary tokens as arrays: the trained ones beside the model, else a plain mean."""
     from skipvision_export.method.saved import WEIGHTS_FILE, saved_summary
     from skipvision_export.method.summary import SummaryTokens
 
+    hidden_size = source.family.decoder_dims(source.config).hidden_size
     summary = saved_summary(source.folder) or SummaryTokens(hidden_size)
     weights = {name: tensor.numpy() for name, tensor in summary.state_dict().items()}
     width = weights["ada.0.weight"].size

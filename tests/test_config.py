@@ -15,6 +15,30 @@ def test_shares_fit_every_model(visual, share):
     assert abs(layout.count("skipped") - visual * share) <= 0.5
 
 
+@given(st.integers(1, 3000), st.floats(0.01, 0.99), st.floats(0, 0.99))
+def test_shares_that_merge_fit_every_model(visual, skip, part):
+    config = SkipVisionConfig(skip_share=skip, retained_share=(1 - skip) * part)
+    if round(visual * skip):
+        assert config.layout(visual).total <= visual
+
+
+def test_two_shares_rounded_up_are_not_one_too_many():
+    assert SkipVisionConfig(skip_share=0.5, retained_share=0.5).layout(3).total == 3
+
+
+def test_a_share_that_rounds_to_nothing_to_merge_to_is_refused():
+    with pytest.raises(ConfigError, match="nothing to be merged to"):
+        SkipVisionConfig(skip_share=0.01, retained_share=0.5).layout(8)
+
+
+@pytest.mark.parametrize("how", ["last", "first_last"])
+def test_the_skipped_block_is_one_whatever_it_skips(how):
+    for ffn in (True, False):
+        for kv in (True, False):
+            config = SkipVisionConfig.counts(3, 4, skip_ffn=ffn, skip_kv=kv, pass_through=how)
+            assert config.layout(10).selection_sizes() == (3, 4)
+
+
 def test_no_truncation_in_shares():
     # int(100 * (1 - 0.9)) is 9
     assert SkipVisionConfig.preset("skip-90").layout(100).kept_kv == 10

@@ -64,8 +64,19 @@ def test_decode_takes_several_steps(report):
     assert np.mean([len(t.token_ids) for t in report.transcripts["ort"]]) > 3
 
 
-def test_dense_bundle(dense, trained_reference, samples):
-    gap = measure_gaps(dense, trained_reference, prompts_from(samples[:QUESTIONS])).gaps["rewrite"]
+OTHERS = {
+    "dense": SkipVisionConfig.dense(),
+    "quarter": SkipVisionConfig.preset("quarter"),
+    "strict": SkipVisionConfig.counts(16, 24, selector="dart", summaries=True, strict=True),
+    "policy": SkipVisionConfig(layer_shares=(0.0, 0.5, 0.75, 0.9)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_rewrite_gap_of(name, trained, trained_reference, samples, tmp_path):
+    bundle = trained.write(tmp_path / "bundle", OTHERS[name])
+    prompts = prompts_from(samples[:QUESTIONS])
+    gap = measure_gaps(bundle, trained_reference, prompts, gaps=["rewrite"]).gaps["rewrite"]
     assert gap.passed
     assert gap.n == QUESTIONS
     assert gap.overall.max_abs <= LIMIT

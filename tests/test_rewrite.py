@@ -9,6 +9,7 @@ import pytest
 from skipvision_export import Bundle, SkipVisionConfig
 from skipvision_export.benchmark.parity import measure_gaps, synthetic_prompts
 from skipvision_export.bundle import Manifest
+from skipvision_export.graph.passes.names import RASTER_FEATURES
 from skipvision_export.method import SummaryTokens, save_skip_vision
 
 LIMIT = 1e-4
@@ -101,6 +102,18 @@ def test_unrewritten_parts_equal_dense(name, bundles, reference):
     )
     assert report.gaps["export"].passed
     assert report.gaps["method"].outputs["logits"].max_abs > 0.1
+
+
+def test_the_export_gap_sees_the_vision_encoder_of_a_merged_layout(bundles, reference, tmp_path):
+    def shift_a_bias(graph):
+        """The projector's is off by 0.02."""
+        add = next(node for node in graph if node.outputs[0].name == RASTER_FEATURES)
+        bias = next(v for v in add.inputs if v.is_initializer())
+        bias.const_value = ir.tensor(bias.const_value.numpy() + np.float32(0.02), name=bias.name)
+
+    broken = twin(bundles("quarter"), tmp_path, "vision_encoder", shift_a_bias)
+    report = measure_gaps(broken, reference, synthetic_prompts(1, 96), max_new_tokens=1, gaps=["export"])
+    assert not report.gaps["export"].passed
 
 
 @pytest.mark.parametrize("name", CONFIGS)

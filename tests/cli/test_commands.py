@@ -61,6 +61,54 @@ def test_export_and_generate(tiny_folder, bundle_folder, picture, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_export_takes_what_changes_a_preset(tiny_folder, tmp_path):
+    export = ("export", tiny_folder, "-o", tmp_path / "x", "--dry-run")
+    plain = ok(tmp_path, *export, "--preset", "quarter")
+    assert plain["layout"] == [["retained", 9], ["summary", 1], ["skipped", 16], ["summary", 1]]
+    bare = ok(
+        tmp_path, *export, "--preset", "quarter", "--no-summaries", "--pass-through", "last", "--strict"
+    )
+    assert bare["layout"] == [["retained", 9], ["skipped", 15], ["ffn_only", 1]]
+    assert bare["preset"] == "quarter-strict-no-summaries-pass-last"
+    counts = ok(tmp_path, *export, "--retained", 9, "--skipped", 16, "--summaries", "--selector", "dart")
+    assert counts["layout"] == plain["layout"]
+    assert counts["preset"] == "9-16-dart-summaries"
+
+
+def test_export_and_inspect_take_policies(tiny_folder, tmp_path):
+    file = tmp_path / "policy.json"
+    file.write_text(json.dumps({"config": {"name": "mine", "layer_shares": [0, 0.5, 0.75]}}))
+    done = ok(tmp_path, "export", tiny_folder, "-o", tmp_path / "x", "--policy", file, "--dry-run")
+    assert (done["preset"], done["retained"], done["skipped"]) == ("mine", 16, 48)
+    row = ok(tmp_path, "inspect", tiny_folder, "--policy", file)["presets"]["mine"]
+    # 64 tokens in 3 layers, of which 32 and 48 skip an FFN that is 3 * 64 * 128 of 36864 weights
+    ffn = 3 * 64 * 128
+    all_of_them = ffn + 2 * 64 * (64 + 32)
+    assert row["visual_flops_share"] == pytest.approx(1 - (32 + 48) * ffn / (3 * 64 * all_of_them))
+
+
+def test_a_fine_tuned_model_carries_its_preset(tiny_folder, tmp_path, capsys):
+    from skipvision_export import SkipVisionConfig, export
+    from skipvision_export.errors import ConfigError
+    from skipvision_export.method import SummaryTokens, save_skip_vision
+
+    folder = shutil.copytree(tiny_folder, tmp_path / "tuned")
+    with pytest.raises(ConfigError, match="carries no configuration"):
+        export(folder, tmp_path / "none")
+    config = SkipVisionConfig.counts(5, 7, summaries=True)
+    save_skip_vision(folder, config, SummaryTokens(64))
+    command = ("export", folder, "-o", tmp_path / "x", "--dry-run")
+    assert ok(tmp_path, *command)["preset"] == "5-7"
+    assert ok(tmp_path, *command, "--strict")["preset"] == "5-7-strict"
+    assert ok(tmp_path, *command, "--preset", "skip-50")["preset"] == "skip-50"
+    assert "5-7" in ok(tmp_path, "inspect", folder)["presets"]
+    bundle = export(folder, tmp_path / "bundle")
+    assert bundle.config == config
+    assert not list(bundle.folder.glob("skip_vision*"))
+    save_skip_vision(folder, config, SummaryTokens(32))
+    refused(capsys, "hidden size of 32", "export", folder, "-o", tmp_path / "y")
+
+
 def test_validate(tiny_folder, bundle_folder, tmp_path):
     result = ok(tmp_path, "validate", bundle_folder, "--model", tiny_folder, "--samples", 2)
     assert result["passed"]
@@ -188,6 +236,12 @@ def test_bad_choices(capsys, tiny_folder, tmp_path):
     refused(capsys, "576 visual tokens", *export, "--preset", "llava-100-156")
     refused(capsys, "more than", *export, "--retained", "60", "--skipped", "60")
     refused(capsys, "belong together", *export, "--retained", "60")
+    refused(capsys, "choose exactly one", *export, "--policy", "p.json", "--preset", "skip-50")
+    refused(capsys, "no readable configuration", *export, "--policy", tmp_path / "none.json")
+    refused(capsys, "choose exactly one", *export, "--strict")
+    refused(capsys, "skips nothing", *export, "--dense", "--strict")
+    refused(capsys, "selector 'nose'", *export, "--preset", "skip-50", "--selector", "nose")
+    refused(capsys, "pass_through 'all'", *export, "--preset", "skip-50", "--pass-through", "all")
     refused(capsys, "dtype", *export, "--dense", "--dtype", "int3")
     refused(capsys, "target", *export, "--dense", "--target", "toaster")
 

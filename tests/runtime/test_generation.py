@@ -8,7 +8,7 @@ from skipvision_export import Bundle
 from skipvision_export.config import SkipVisionConfig
 from skipvision_export.errors import InputError
 from skipvision_export.runtime.generation import prefill_indices
-from skipvision_export.runtime.prompt import load_image
+from skipvision_export.runtime.prompt import PromptInputs, load_image, resize_placeholders
 
 
 @pytest.fixture
@@ -59,6 +59,23 @@ def test_indices():
     ffn, keep = prefill_indices(ids, 3, layout)
     assert {tier: rows.tolist() for tier, rows in ffn.items()} == {1: [0, 1, 4, 5]}
     assert keep.tolist() == [[0, 1, 4, 5]]
+
+
+def test_each_picture_gets_the_layout_s_placeholders():
+    ids = np.array([[7, 3, 3, 3, 8, *[3] * 6, 9]])
+    pixels = np.zeros((3, 3, 1, 1), np.float32)
+    for total, expected in (
+        (2, [7, 3, 3, 8, 3, 3, 3, 3, 9]),
+        (4, [7, *[3] * 4, 8, *[3] * 8, 9]),
+        (3, ids[0]),
+    ):
+        done = resize_placeholders(PromptInputs(ids, pixels), 3, 3, total)
+        assert done.input_ids.tolist() == [list(expected)]
+        assert done.pixel_values is pixels
+    text = PromptInputs(np.array([[7, 8]]), pixels)
+    assert resize_placeholders(text, 3, 3, 5).input_ids.tolist() == [[7, 8]]
+    with pytest.raises(InputError, match="multiple"):
+        resize_placeholders(PromptInputs(ids[:, :-2], pixels), 3, 3, 2)
 
 
 def test_the_embedding_graph_serves_prompts_and_single_tokens(bundle, reference):
