@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from skipvision_export.config import SkipVisionConfig
 from skipvision_export.runtime.data import Sample
 from skipvision_export.runtime.pipeline import Bundle
 from skipvision_export.runtime.prompt import PromptInputs
@@ -88,16 +89,19 @@ class BundleAnswerer:
 
 
 class TorchAnswerer:
-    """Answers with the Hugging Face model itself."""
+    """Answers with the Hugging Face model itself, patched unless the configuration is dense."""
 
-    def __init__(self, reference: TorchReference, max_new_tokens: int = 32) -> None:
+    def __init__(
+        self, reference: TorchReference, max_new_tokens: int = 32, config: SkipVisionConfig | None = None
+    ) -> None:
         """max_new_tokens: where an answer is cut."""
         self.reference, self.max_new_tokens = reference, max_new_tokens
+        self.config = None if config is None or config.is_dense else config
 
     def __call__(self, image: Path, question: str) -> str:
         """Greedy answer."""
         inputs = self.reference.prepare(image, question)
-        done, _ = self.reference.run(inputs, self.max_new_tokens)
+        done, _ = self.reference.run(inputs, self.max_new_tokens, self.config)
         return self.reference.decode_text(done.token_ids)
 
 

@@ -10,14 +10,19 @@ import typer
 from skipvision_export.bundle import MANIFEST
 from skipvision_export.cli.common import (
     BundleArgument,
+    DenseOption,
     JsonOption,
+    PolicyOption,
+    PresetOption,
     Progress,
     RevisionOption,
     ThreadsOption,
+    choose_config,
     finish,
     si,
 )
-from skipvision_export.errors import BundleError, CheckFailed, InputError
+from skipvision_export.config import SkipVisionConfig
+from skipvision_export.errors import BundleError, CheckFailed, ConfigError, InputError
 
 DataOption = Annotated[
     Path | None,
@@ -158,11 +163,19 @@ def evaluate(
         bool,
         typer.Option("--shuffle-images", help="Give each question another picture: the floor."),
     ] = False,
+    preset: PresetOption = None,
+    policy: PolicyOption = None,
+    dense: DenseOption = False,
     max_new_tokens: NewTokens = 32,
     json: JsonOption = None,
 ) -> None:
-    """Task accuracy: exact match of greedy answers on question-answer data."""
+    """Task accuracy: exact match of greedy answers on question-answer data.
+
+    A model runs in PyTorch with the configuration that it carries, if it was fine-tuned with one, or
+    with --preset, --policy or --dense; a bundle runs as it was exported.
+    """
     from skipvision_export.benchmark import accuracy
+    from skipvision_export.method.saved import saved_config
     from skipvision_export.models.loading import resolve_model
     from skipvision_export.runtime.data import load_imagefolder
     from skipvision_export.runtime.pipeline import Bundle
@@ -173,10 +186,16 @@ def evaluate(
         samples = accuracy.shuffled(samples)
     answer: accuracy.Answerer
     if (Path(bundle_or_model) / MANIFEST).is_file():
+        if preset is not None or policy is not None or dense:
+            raise ConfigError("a bundle runs as it was exported; leave out --preset, --policy and --dense")
         answer = accuracy.BundleAnswerer(Bundle.load(bundle_or_model), max_new_tokens)
     else:
-        reference = TorchReference(resolve_model(bundle_or_model))
-        answer = accuracy.TorchAnswerer(reference, max_new_tokens)
+        source = resolve_model(bundle_or_model)
+        saved = saved_config(source.folder) or SkipVisionConfig.dense()
+        config = choose_config(preset=preset, policy=policy, dense=dense, saved=saved)
+        if not config.is_dense:
+            source.family.layout(source.config, config)  # refuse it before the weights load
+        answer = accuracy.TorchAnswerer(TorchReference(source), max_new_tokens, config)
     progress = Progress()
     result = accuracy.evaluate(answer, samples, progress)
     progress("")

@@ -9,17 +9,24 @@ from typing import Annotated, Any
 import typer
 
 from skipvision_export.cli.common import (
+    DenseOption,
     ForceOption,
     JsonOption,
     ModelArgument,
+    PassThroughOption,
+    PolicyOption,
+    PresetOption,
     Progress,
+    RetainedOption,
     RevisionOption,
+    SelectorOption,
+    SkippedOption,
+    StrictOption,
+    SummariesOption,
     choose_config,
     finish,
     si,
 )
-from skipvision_export.config import PRESETS, SkipVisionConfig
-from skipvision_export.errors import ConfigError
 
 
 def finetune(
@@ -29,15 +36,15 @@ def finetune(
         typer.Option(metavar="DIR", help="Imagefolder: metadata.jsonl with file_name, question, answer."),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Output folder.")],
-    preset: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(PRESETS)}; `inspect` tells which fit.")
-    ] = None,
-    policy: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A policy or configuration, as JSON.")
-    ] = None,
-    retained: Annotated[int | None, typer.Option(help="Visual tokens that stay whole.")] = None,
-    skipped: Annotated[int | None, typer.Option(help="Visual tokens that skip the FFN.")] = None,
-    dense: Annotated[bool, typer.Option("--dense", help="Skip nothing: the baseline.")] = False,
+    preset: PresetOption = None,
+    policy: PolicyOption = None,
+    retained: RetainedOption = None,
+    skipped: SkippedOption = None,
+    dense: DenseOption = False,
+    selector: SelectorOption = None,
+    strict: StrictOption = False,
+    summaries: SummariesOption = None,
+    pass_through: PassThroughOption = None,
     eval_data: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Held-out data: loss and exact match while training.")
     ] = None,
@@ -85,16 +92,24 @@ def finetune(
 
     Example: skipvision finetune llava-hf/llava-1.5-7b-hf --data train -o tuned --preset quarter
     """
+    from skipvision_export.method.saved import saved_config
     from skipvision_export.models.loading import resolve_model
     from skipvision_export.training import run
     from skipvision_export.training.settings import FinetuneSettings
 
-    if policy is None:
-        config = choose_config(preset=preset, retained=retained, skipped=skipped, dense=dense)
-    elif preset is not None or retained is not None or skipped is not None or dense:
-        raise ConfigError("--policy FILE stands alone: leave --preset, --retained, --skipped and --dense out")
-    else:
-        config = SkipVisionConfig.load(policy)
+    source = resolve_model(model, revision)
+    config = choose_config(
+        preset=preset,
+        policy=policy,
+        retained=retained,
+        skipped=skipped,
+        dense=dense,
+        selector=selector,
+        strict=strict,
+        summaries=summaries,
+        pass_through=pass_through,
+        saved=saved_config(source.folder),
+    )
     settings = FinetuneSettings(
         learning_rate=lr,
         epochs=epochs,
@@ -114,7 +129,7 @@ def finetune(
     main = os.environ.get("RANK", "0") == "0"
     progress = Progress() if main else _silent
     plan = run.plan(
-        resolve_model(model, revision),
+        source,
         config,
         settings,
         data,

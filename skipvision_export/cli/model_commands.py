@@ -70,9 +70,17 @@ def inspect(
             f"{name:<{width}}{row['retained']:>9}{row['skipped']:>9}{row['visual_flops_share']:>8.1%}"
             f"{si(row['prefill_flops']):>15}{share:>6.0%}{si(row['kv_bytes'], 'B'):>12}"
         )
-    for name, why in result["unsupported"].items():
-        print(f"{name}: {why}")
+    for why, names in _grouped(result["unsupported"]).items():
+        print(f"{', '.join(names)}: {why}")
     finish(result, json)
+
+
+def _grouped(unsupported: dict[str, str]) -> dict[str, list[str]]:
+    """Presets by the reason why they do not fit, which is said once."""
+    groups: dict[str, list[str]] = {}
+    for name, why in unsupported.items():
+        groups.setdefault(why.replace(f"preset {name!r} is", "made"), []).append(name)
+    return groups
 
 
 def inspection(source: Any, text_tokens: int, chosen: SkipVisionConfig | None = None) -> dict[str, Any]:

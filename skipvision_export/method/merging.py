@@ -35,7 +35,8 @@ def lay_out(
     n, v, d = x.shape
     sizes = layout.selection_sizes()
     if config.order == "raster":
-        return x, torch.arange(v, device=x.device).expand(n, v)
+        through = torch.tensor(layout.ffn_mask(min(layout.used_tiers(), default=0)), device=x.device)
+        return x, (~through).to(torch.int8).sort(stable=True).indices.expand(n, v)
     order = layout_order(selector(config.selector).scores(image), sizes[:-1])
     x = x.gather(1, order.unsqueeze(-1).expand(-1, -1, d))
     if layout.tiers:

@@ -16,7 +16,7 @@ def test_demo(tmp_path, capsys):
     assert set(result["accuracy"]) == {"dense", "skip", "shuffled"}
     assert {"prefill", "decode", "flops", "kv_bytes"} <= set(result["ratios"])
     assert 30e6 <= result["sibling"]["parameters"] <= 60e6
-    assert [run["kv_tokens"] for run in result["sibling"]["runs"]] == [64 + 144, 64 + 576]
+    assert [run["kv_tokens"] for run in result["sibling"]["runs"]] == [64 + 98 + 2, 64 + 576]
 
     html = (out / "report.html").read_text()
     assert html.count("data:image/png;base64,") >= 2
