@@ -64,6 +64,12 @@ def reference(traced: TracedModel) -> TorchReference:
 
 
 @pytest.fixture(scope="session")
+def finetuned() -> TracedModel:
+    """The committed fine-tune, traced."""
+    return trace_model(resolve_model(EXAMPLE / "finetuned"))
+
+
+@pytest.fixture(scope="session")
 def trained() -> TracedModel:
     """The committed checkpoint, traced."""
     return trace_model(resolve_model(EXAMPLE / "checkpoint"))

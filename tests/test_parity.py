@@ -1,4 +1,4 @@
-"""The trained checkpoint: exported graphs against PyTorch on held-out questions, and broken twins."""
+"""The trained checkpoints: exported graphs against PyTorch on held-out questions, and broken twins."""
 
 import shutil
 from functools import partial
@@ -11,6 +11,7 @@ from conftest import EXAMPLE
 from skipvision_export import Bundle, SkipVisionConfig
 from skipvision_export.benchmark.accuracy import BundleAnswerer, evaluate, shuffled
 from skipvision_export.benchmark.parity import measure_gaps, prompts_from
+from skipvision_export.method import saved_config
 from skipvision_export.runtime.data import load_imagefolder
 from skipvision_export.runtime.generation import Generator
 from skipvision_export.runtime.torch_reference import TorchReference
@@ -31,8 +32,11 @@ def trained_reference(trained):
 
 
 @pytest.fixture(scope="module")
-def skip(trained, tmp_path_factory):
-    return trained.write(tmp_path_factory.mktemp("trained") / "skip", SkipVisionConfig.preset("skip-75"))
+def skip(finetuned, tmp_path_factory):
+    """The fine-tune with what it carries: the quarter preset and trained summary tokens."""
+    config = saved_config(finetuned.source.folder)
+    assert config.name == "quarter"
+    return finetuned.write(tmp_path_factory.mktemp("trained") / "skip", config)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +45,9 @@ def dense(trained, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def report(skip, trained_reference, samples):
-    return measure_gaps(skip, trained_reference, prompts_from(samples[:QUESTIONS]))
+def report(skip, finetuned, samples):
+    reference = TorchReference(finetuned.source, finetuned.model)
+    return measure_gaps(skip, reference, prompts_from(samples[:QUESTIONS]))
 
 
 @pytest.mark.parametrize("name", ["export", "rewrite", "backend"])
@@ -66,7 +71,7 @@ def test_decode_takes_several_steps(report):
 
 OTHERS = {
     "dense": SkipVisionConfig.dense(),
-    "quarter": SkipVisionConfig.preset("quarter"),
+    **{name: SkipVisionConfig.preset(name) for name in ("skip-50", "skip-75", "skip-90")},
     "strict": SkipVisionConfig.counts(16, 24, selector="dart", summaries=True, strict=True),
     "policy": SkipVisionConfig(layer_shares=(0.0, 0.5, 0.75, 0.9)),
 }
@@ -164,8 +169,9 @@ def test_an_unbroken_twin_is_not_caught(skip, report, samples, tmp_path):
 # -- the checkpoint itself ---------------------------------------------------------------------------
 
 
-def test_checkpoint_is_small(trained):
-    assert sum(p.stat().st_size for p in (EXAMPLE / "checkpoint").iterdir()) <= 8e6
+def test_checkpoints_are_small(trained):
+    for name in ("checkpoint", "finetuned"):
+        assert sum(p.stat().st_size for p in (EXAMPLE / name).iterdir()) <= 8e6
     assert sum(p.numel() for p in trained.model.parameters()) <= 4e6
     assert trained.source.family.visual_tokens(trained.source.config) <= 144
 
@@ -176,5 +182,6 @@ def test_checkpoint_has_learned(dense, skip, samples):
     floor = evaluate(BundleAnswerer(dense), shuffled(samples))
     skipping = evaluate(BundleAnswerer(skip), samples)
     assert right.accuracy >= 0.95
-    assert skipping.accuracy >= 0.9
+    # one point below dense is what the method is allowed to cost
+    assert skipping.accuracy >= right.accuracy - 0.01
     assert floor.accuracy <= 0.4
