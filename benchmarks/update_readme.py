@@ -1,6 +1,6 @@
-"""Write the README's results out of benchmarks/results/demo_cpu.json, and its picture.
+"""Write the README's results out of benchmarks/results/*.json, and its picture.
 
-Run from the repository's root after a new benchmark:
+Run from the repository's root after a new benchmark, such as:
 
 skipvision demo -o demo --json benchmarks/results/demo_cpu.json && python benchmarks/update_readme.py
 """
@@ -10,20 +10,28 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "demo_cpu.json"
+SOURCES = {
+    name: ROOT / "benchmarks" / "results" / f"{name}.json"
+    for name in ("demo_cpu", "accuracy_tiny", "training_cpu", "calibration_tiny")
+}
 PICTURE = ROOT / "docs" / "retained.png"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
-def table(result: dict[str, Any]) -> str:
-    """The README's results section."""
+def load() -> dict[str, Any]:
+    """Every benchmark's JSON, by name."""
+    return {name: json.loads(file.read_text()) for name, file in SOURCES.items()}
+
+
+def demo_rows(result: dict[str, Any]) -> list[str]:
+    """Accuracy, gaps and speed of the demo."""
     accuracy, gaps, sibling = result["accuracy"], result["gaps"], result["sibling"]
-    machine = sibling["machine"]
     skip, dense = sibling["runs"]
 
     def ratio(name: str) -> str:
@@ -31,14 +39,15 @@ def table(result: dict[str, Any]) -> str:
         tail = f" [{spread[0]:.2f}, {spread[1]:.2f}]" if spread else ""
         return f"{result['ratios'][name]:.2f}{tail}"
 
-    rows = [
-        f"Trained tiny VLM, `{result['preset']}`, {result['questions']:,} held-out questions, ONNX Runtime:",
+    return [
+        f"**Accuracy.** Trained tiny VLM, fine-tuned with `{result['preset']}`, {result['questions']:,} "
+        "held-out questions, ONNX Runtime:",
         "",
         "| | dense | skip | shuffled pictures (the floor) |",
         "|---|---|---|---|",
         f"| exact match | {accuracy['dense']:.1%} | {accuracy['skip']:.1%} | {accuracy['shuffled']:.1%} |",
         "",
-        f"Gaps on {gaps['rewrite']['n']} of them, every step's logits and every layer's K and V:",
+        f"**Parity.** {gaps['rewrite']['n']} of them, every step's logits and every layer's K and V:",
         "",
         "| gap | between | max abs | greedy tokens equal |",
         "|---|---|---|---|",
@@ -52,8 +61,8 @@ def table(result: dict[str, Any]) -> str:
             )
         ),
         "",
-        f"Speed of a sibling with random weights ({sibling['parameters'] / 1e6:.0f} M parameters, 576 visual "
-        f"and {sibling['settings']['text_tokens']} text tokens), {sibling['settings']['rounds']} interleaved "
+        f"**Speed** of a sibling with random weights ({sibling['parameters'] / 1e6:.0f} M parameters, "
+        f"576 visual and {sibling['settings']['text_tokens']} text tokens), {sibling['settings']['rounds']} interleaved "
         "rounds, median [10th, 90th percentile]:",
         "",
         "| | dense | skip | dense / skip |",
@@ -65,37 +74,111 @@ def table(result: dict[str, Any]) -> str:
         f"| K/V after prefill | {dense['kv_bytes'] / 1e6:.2f} MB | {skip['kv_bytes'] / 1e6:.2f} MB "
         f"| {ratio('kv_bytes')} |",
         "",
+    ]
+
+
+def accuracy_rows(result: dict[str, Any]) -> list[str]:
+    """Fine-tunes beside their baselines."""
+    settings = result["settings"]
+    rows = [
+        f"**Fine-tuning** the tiny VLM from its dense checkpoint ({result['dense_checkpoint']:.1%}; "
+        f"pictures shuffled {result['shuffled_images']:.1%}), {settings['steps']} steps of {settings['batch']}, the same "
+        f"{settings['questions']:,} questions, in PyTorch; by seed:",
+        "",
+        "| variant | visual FLOPs | exact match, mean | by seed |",
+        "|---|---|---|---|",
+    ]
+    for name, row in result["variants"].items():
+        each = ", ".join(f"{100 * one:.1f}" for one in row["accuracy"])
+        rows.append(f"| {name} | {row['visual_flops']:.0%} | {mean(row['accuracy']):.1%} | {each} |")
+    return [*rows, ""]
+
+
+def training_rows(result: dict[str, Any]) -> list[str]:
+    """Time of a training step beside what its operations promise."""
+    rows = [
+        f"**Training steps** (forward, backward, AdamW, frozen vision tower; one picture of "
+        f"{result['settings']['visual_tokens']} and {result['settings']['text_tokens']} text tokens), "
+        f"{result['settings']['rounds']} interleaved rounds, time saved against dense as a share of what the "
+        "operations promise:",
+        "",
+        "| decoder | visual tokens | time saved | FLOPs saved | measured / promised | peak memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for size, measured in result["sizes"].items():
+        for name, row in measured["runs"].items():
+            share = row["measured_over_analytic"]
+            rows.append(
+                f"| {size} | {name} | {row['measured_saving']:.1%} | {row['analytic_saving']:.1%} | "
+                f"{'' if share is None else f'{share:.2f}'} | {row['peak_rss_mb']:.0f} MB |"
+            )
+    return [*rows, ""]
+
+
+def calibration_rows(result: dict[str, Any]) -> list[str]:
+    """Calibrated policies without training, K/V kept."""
+    mode = result["modes"]["K/V kept"]
+    rows = [
+        "**Calibration** of the dense checkpoint, without training, K/V kept: exact match (and KL from "
+        f"dense) at equal FLOPs, {result['questions']:,} questions:",
+        "",
+        "| prefill FLOPs | calibrated | the same share in all layers | random layers, mean of "
+        f"{len(result['seeds'])} |",
+        "|---|---|---|---|",
+    ]
+
+    def cell(*runs: dict[str, Any]) -> str:
+        accuracy, divergence = (mean(run[key] for run in runs) for key in ("accuracy", "divergence"))
+        return f"{accuracy:.1%} ({divergence:.1e})"
+
+    for row in mode["rows"]:
+        rows.append(
+            f"| {row['calibrated']['flops_share']:.0%} | {cell(row['calibrated'])} | "
+            f"{cell(row['all_layers'])} | {cell(*row['random_layers'])} |"
+        )
+    return [*rows, ""]
+
+
+def table(results: dict[str, Any]) -> str:
+    """The README's results section."""
+    machine = results["demo_cpu"]["sibling"]["machine"]
+    rows = [
+        *demo_rows(results["demo_cpu"]),
+        *accuracy_rows(results["accuracy_tiny"]),
+        *training_rows(results["training_cpu"]),
+        *calibration_rows(results["calibration_tiny"]),
         f"{machine['cpu']}, {machine['cores']} cores; Python {machine['python']}, torch {machine['torch']}, "
         f"transformers {machine['transformers']}, onnxruntime {machine['onnxruntime']}. The machine was "
-        "shared: trust the ratios, not the times. Source: `benchmarks/results/demo_cpu.json`.",
+        "shared: trust the ratios, not the times. Sources: "
+        + ", ".join(f"`benchmarks/results/{name}.json`" for name in SOURCES)
+        + ".",
     ]
     return "\n".join(rows)
 
 
-def updated(readme: str, result: dict[str, Any]) -> str:
+def updated(readme: str, results: dict[str, Any]) -> str:
     """The README with its results replaced."""
     before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{table(result)}\n{END}{rest.split(END)[1]}"
+    return f"{before}{BEGIN}\n{table(results)}\n{END}{rest.split(END)[1]}"
 
 
-def picture(folder: Path, data: Path, preset: str, count: int = 4, gap: int = 12) -> Image.Image:
-    """The first pictures of `data` with what the reference retains of them, side by side."""
-    from skipvision_export import SkipVisionConfig
+def picture(folder: Path, data: Path, count: int = 4, gap: int = 12) -> Image.Image:
+    """The first pictures of `data` with what a fine-tuned model retains of them, side by side."""
+    from skipvision_export.method import saved_config
     from skipvision_export.models.loading import resolve_model
     from skipvision_export.report.overlay import draw_grid
     from skipvision_export.runtime.data import load_imagefolder
     from skipvision_export.runtime.torch_reference import TorchReference
 
     reference = TorchReference(resolve_model(folder))
-    config = SkipVisionConfig.preset(preset)
+    config = saved_config(folder)
     samples = {sample.image: sample for sample in load_imagefolder(data)}
     drawn = []
     for sample in list(samples.values())[:count]:
         inputs = reference.prepare(sample.image, sample.question)
         _, state = reference.run(inputs, max_new_tokens=1, config=config)
         order = state.order[0].tolist()
-        retained = config.layout(len(order)).retained
-        drawn.append(draw_grid(sample.image, math.isqrt(len(order)), order[:retained]))
+        drawn.append(draw_grid(sample.image, math.isqrt(len(order)), order[: state.layout.retained]))
     width, height = drawn[0].size
     strip = Image.new("RGB", (count * (width + gap) - gap, height), "white")
     for i, image in enumerate(drawn):
@@ -105,8 +188,8 @@ def picture(folder: Path, data: Path, preset: str, count: int = 4, gap: int = 12
 
 if __name__ == "__main__":
     file = ROOT / "README.md"
-    measured = json.loads(RESULTS.read_text())
-    file.write_text(updated(file.read_text(), measured))
+    everything = load()
+    file.write_text(updated(file.read_text(), everything))
     PICTURE.parent.mkdir(exist_ok=True)
-    checkpoint = ROOT / measured["checkpoint"]
-    picture(checkpoint, checkpoint.parent / "test", measured["preset"]).save(PICTURE, optimize=True)
+    finetuned = ROOT / everything["demo_cpu"]["finetuned"]
+    picture(finetuned, finetuned.parent / "test").save(PICTURE, optimize=True)
