@@ -62,8 +62,8 @@ def demo_rows(result: dict[str, Any]) -> list[str]:
         ),
         "",
         f"**Speed** of a sibling with random weights ({sibling['parameters'] / 1e6:.0f} M parameters, "
-        f"576 visual and {sibling['settings']['text_tokens']} text tokens), {sibling['settings']['rounds']} interleaved "
-        "rounds, median [10th, 90th percentile]:",
+        f"576 visual and {sibling['settings']['text_tokens']} text tokens), "
+        f"{sibling['settings']['rounds']} interleaved rounds, median [10th, 90th percentile]:",
         "",
         "| | dense | skip | dense / skip |",
         "|---|---|---|---|",
@@ -82,8 +82,8 @@ def accuracy_rows(result: dict[str, Any]) -> list[str]:
     settings = result["settings"]
     rows = [
         f"**Fine-tuning** the tiny VLM from its dense checkpoint ({result['dense_checkpoint']:.1%}; "
-        f"pictures shuffled {result['shuffled_images']:.1%}), {settings['steps']} steps of {settings['batch']}, the same "
-        f"{settings['questions']:,} questions, in PyTorch; by seed:",
+        f"pictures shuffled {result['shuffled_images']:.1%}), {settings['steps']} steps of "
+        f"{settings['batch']}, the same {settings['questions']:,} questions, in PyTorch; by seed:",
         "",
         "| variant | visual FLOPs | exact match, mean | by seed |",
         "|---|---|---|---|",
