@@ -185,6 +185,9 @@ def export(
         "dtype": dtype,
     }
     what = f"{config.name}: {result['retained']} visual tokens retained, {result['skipped']} skipped"
+    if config.layer_shares is not None:
+        shares = ", ".join(f"{share:.0%}" for share in config.layer_shares)
+        what = f"{config.name}: by layer, {shares} of the visual tokens skip"
     if dry_run:
         print(f"would write {output}: {what}")
     else:

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import onnx
 import pytest
+from conftest import EXAMPLE
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -64,15 +65,15 @@ def test_export_and_generate(tiny_folder, bundle_folder, picture, tmp_path):
 def test_export_takes_what_changes_a_preset(tiny_folder, tmp_path):
     export = ("export", tiny_folder, "-o", tmp_path / "x", "--dry-run")
     plain = ok(tmp_path, *export, "--preset", "quarter")
-    assert plain["layout"] == [["retained", 9], ["summary", 1], ["skipped", 16], ["summary", 1]]
+    assert plain["layout"] == [["retained", 11], ["summary", 1], ["skipped", 10], ["summary", 1]]
     bare = ok(
         tmp_path, *export, "--preset", "quarter", "--no-summaries", "--pass-through", "last", "--strict"
     )
-    assert bare["layout"] == [["retained", 9], ["skipped", 15], ["ffn_only", 1]]
+    assert bare["layout"] == [["retained", 11], ["skipped", 9], ["ffn_only", 1]]
     assert bare["preset"] == "quarter-strict-no-summaries-pass-last"
-    counts = ok(tmp_path, *export, "--retained", 9, "--skipped", 16, "--summaries", "--selector", "dart")
+    counts = ok(tmp_path, *export, "--retained", 11, "--skipped", 10, "--summaries", "--selector", "dart")
     assert counts["layout"] == plain["layout"]
-    assert counts["preset"] == "9-16-dart-summaries"
+    assert counts["preset"] == "11-10-dart-summaries"
 
 
 def test_export_and_inspect_take_policies(tiny_folder, tmp_path):
@@ -256,3 +257,15 @@ def test_bad_data(capsys, bundle_folder, tmp_path):
     refused(capsys, "no metadata.jsonl", "evaluate", bundle_folder, "--data", tmp_path)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}')
     refused(capsys, "line 1", "evaluate", bundle_folder, "--data", tmp_path)
+
+
+def test_evaluate_runs_a_model_as_it_was_fine_tuned(capsys, tmp_path, bundle_folder, questions):
+    """The committed fine-tune answers with the preset it carries, and otherwise when asked to."""
+    data = ("--data", EXAMPLE / "test", "--limit", 24)
+    finetuned = EXAMPLE / "finetuned"
+    ours = ok(tmp_path, "evaluate", finetuned, *data)
+    named = ok(tmp_path, "evaluate", finetuned, *data, "--preset", "quarter")
+    other = ok(tmp_path, "evaluate", finetuned, *data, "--preset", "skip-90")
+    assert ours == named
+    assert ours["accuracy"] > other["accuracy"]
+    refused(capsys, "as it was exported", "evaluate", bundle_folder, "--data", questions, "--dense")

@@ -103,7 +103,7 @@ def test_bad_options(capsys, tiny_folder, folder, tmp_path):
         (("--dtype", "float16"), "dtype"),
         (("--lora-rank", -1), "LoRA rank"),
         (("--dense",), "exactly one"),
-        (("--policy", folder / "x.json"), "stands alone"),
+        (("--policy", folder / "x.json"), "exactly one"),
         (("--resume",), "no interrupted run"),
     ):
         args = ("--preset", "quarter", *options)

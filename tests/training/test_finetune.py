@@ -155,8 +155,6 @@ def test_exact_match_is_that_of_generation(planned, tmp_path):
     settings = planned(max_steps=1, learning_rate=1e-12, batch_size=8).settings
     result = run.finetune(run.plan(source, config, settings, held_out, held_out), tmp_path / "out")
     reference = TorchReference(source)
-    answer = TorchAnswerer(reference)
-    answer.reference.run = lambda inputs, n: TorchReference.run(reference, inputs, n, config)
-    generated = evaluate(answer, load_imagefolder(held_out))
+    generated = evaluate(TorchAnswerer(reference, config=config), load_imagefolder(held_out))
     assert result["eval_exact_match"] == pytest.approx(generated.accuracy)
     assert generated.accuracy < 1  # something can go wrong at all
