@@ -11,7 +11,7 @@ from skipvision_export.layout import TokenLayout
 from skipvision_export.models import DecoderDims, VisionDims
 
 if TYPE_CHECKING:
-    from skipvision_export.training.run import Plan
+    from skipvision_export.training.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from skipvision_export.models.loading import copy_companions, load_model, quiet
 from skipvision_export.training.answers import answers_only
 from skipvision_export.training.collate import Collator
 from skipvision_export.training.output import RunFolder
-from skipvision_export.training.run import Plan, Progress
+from skipvision_export.training.plan import Plan, Progress
 from skipvision_export.training.trainable import choose_trainable, merge_lora, split_summary
 
 
