@@ -19,10 +19,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +35,7 @@ from train import VALIDATION
 
 from skipvision_export import SkipVisionConfig, apply_skip_vision
 from skipvision_export.benchmark.flops import prefill_cost
+from skipvision_export.benchmark.timing import machine
 from skipvision_export.bundle import write_text
 from skipvision_export.calibration import Budget, Settings, calibrate, plan
 from skipvision_export.calibration.calibrate import Plan
@@ -214,8 +213,7 @@ def main() -> None:
         "budgets": BUDGETS,
         "seeds": list(SEEDS),
         "modes": {},
-        "versions": {name: version(name) for name in ("torch", "transformers")}
-        | {"python": platform.python_version()},
+        "machine": machine(),
     }
     with tempfile.TemporaryDirectory() as folder:
         data = draw_calibration(Path(folder) / "data")
