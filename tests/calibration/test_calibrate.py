@@ -258,9 +258,10 @@ def test_command(tiny_folder, data, tmp_path):
 def test_mistakes_get_one_line(capsys, tiny_folder, data, tmp_path, options, message):
     out = tmp_path / "policy.json"
     assert run(["calibrate", str(tiny_folder), "--data", str(data), "-o", str(out), *options]) == 2
-    err = capsys.readouterr().err.strip()
-    assert message in err
-    assert len(err.splitlines()) == 1
+    err = capsys.readouterr().err.strip().splitlines()
+    assert message in err[-1]
+    # on a slow machine lines of progress stand before it
+    assert sum(line.startswith("skipvision: ") for line in err) == 1
     assert not list(tmp_path.iterdir())
 
 
