@@ -97,8 +97,8 @@ def accuracy_rows(result: dict[str, Any]) -> list[str]:
 def training_rows(result: dict[str, Any]) -> list[str]:
     """Time of a training step beside what its operations promise."""
     rows = [
-        f"**Training steps** (forward, backward, AdamW, frozen vision tower; {result['settings']['pictures']} "
-        f"samples of {result['settings']['visual_tokens']} visual and {result['settings']['text_tokens']} "
+        "**Training steps** (forward, backward, AdamW, frozen vision tower; "
+        f"{result['settings']['pictures']} samples of {result['settings']['visual_tokens']} visual and {result['settings']['text_tokens']} "
         "text tokens; width x layers of the decoder), "
         f"{result['settings']['rounds']} interleaved rounds, time saved against dense as a share of what the "
         "operations promise:",
