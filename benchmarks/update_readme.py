@@ -96,12 +96,12 @@ def accuracy_rows(result: dict[str, Any]) -> list[str]:
 
 def training_rows(result: dict[str, Any]) -> list[str]:
     """Time of a training step beside what its operations promise."""
+    settings = result["settings"]
     rows = [
         "**Training steps** (forward, backward, AdamW, frozen vision tower; "
-        f"{result['settings']['pictures']} samples of {result['settings']['visual_tokens']} visual and {result['settings']['text_tokens']} "
-        "text tokens; width x layers of the decoder), "
-        f"{result['settings']['rounds']} interleaved rounds, time saved against dense as a share of what the "
-        "operations promise:",
+        f"{settings['pictures']} samples of {settings['visual_tokens']} visual and "
+        f"{settings['text_tokens']} text tokens; width x layers of the decoder), {settings['rounds']} "
+        "interleaved rounds, time saved against dense as a share of what the operations promise:",
         "",
         "| decoder | visual tokens | time saved | FLOPs saved | measured / promised | peak memory |",
         "|---|---|---|---|---|---|",
