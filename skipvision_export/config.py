@@ -176,8 +176,8 @@ class SkipVisionConfig:
         bypass = self._role(not self.skip_ffn, not self.skip_kv)
         through = self._role(True, not self.skip_kv)
         if self.order == "raster":
-            flags = _chosen(self.selector, self.seed, visual_tokens, retained)
-            return TokenLayout(_runs("retained" if flag else bypass for flag in flags))
+            ranks = _static_ranks(self.selector, self.seed, visual_tokens)
+            return TokenLayout(_runs("retained" if rank < retained else bypass for rank in ranks))
         block: list[Role] = [bypass] * skipped
         if block and self.pass_through != "none":
             block[-1] = through
@@ -352,10 +352,6 @@ def _static_ranks(name: str, seed: int, visual_tokens: int) -> list[int]:
     for rank, position in enumerate(order.tolist()):
         ranks[position] = rank
     return ranks
-
-
-def _chosen(name: str, seed: int, visual_tokens: int, retained: int) -> list[bool]:
-    return [rank < retained for rank in _static_ranks(name, seed, visual_tokens)]
 
 
 def _presets() -> dict[str, SkipVisionConfig]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from skipvision_export.calibration.probe import Probe
 from skipvision_export.config import SkipVisionConfig
 from skipvision_export.method import SummaryTokens, apply_skip_vision
+from skipvision_export.runtime.prompt import resize_placeholders
 
 KINDS = ("visual", "summary", "text")
 
@@ -33,15 +35,16 @@ def ffn_update(
     family, hf_config = probe.source.family, probe.source.config
     layout = family.layout(hf_config, config)
     layers = list(family.decoder_layers(probe.model))
-    token = family.image_token_id(hf_config)
+    token, visual_tokens = family.image_token_id(hf_config), family.visual_tokens(hf_config)
     is_summary = torch.tensor([role == "summary" for role, n in layout.runs for _ in range(n)])
     sums = torch.zeros(len(layers), len(KINDS), dtype=torch.float64)
     counts = torch.zeros_like(sums)
     with _recording(probe, config, summary) as ratios:
         for sample in probe.samples:
-            inputs = probe.prompt(sample)
-            ids = _with_placeholders(inputs["input_ids"], token, layout.total)
-            probe.model(**inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+            prompt = resize_placeholders(sample.prompt, token, visual_tokens, layout.total)
+            inputs = probe.prompt(replace(sample, prompt=prompt))
+            ids = inputs["input_ids"]
+            probe.model(**inputs)
             kinds = torch.full(ids.shape[1:], 2)
             visual = ids[0].cpu() == token
             kinds[visual] = is_summary.long()
@@ -88,10 +91,3 @@ def _recording(
         for i, (_, mlp) in enumerate(parts):
             stack.callback(mlp.register_forward_hook(on_mlp(i)).remove)
         yield ratios
-
-
-def _with_placeholders(ids: Tensor, token: int, total: int) -> Tensor:
-    """[1, S] with the one picture's run of placeholders `total` long."""
-    where = (ids[0] == token).nonzero().flatten()
-    first, last = int(where[0]), int(where[-1])
-    return torch.cat([ids[:, :first], ids.new_full((1, total), token), ids[:, last + 1 :]], dim=1)

@@ -96,23 +96,21 @@ class SkipVisionState:
 
     def on_features(self, module: nn.Module, args: Any, features: Tensor) -> Tensor:
         """Hook on the projector: [N, V, D] in raster order -> [N, layout.total, D]."""
-        image = TorchImage(features, self.cls_attention, self.config.seed)
-        laid, self.order = lay_out(image, self.layout, self.config, self.summary)
-        return laid
+        return self._lay_out(features)
 
     def pack_tiles(self, image_features: Any, image_sizes: Any, *args: Any, **kwargs: Any) -> Any:
         """In place of LLaVA-NeXT's pack_image_features: thumbnail and tiles [1+T, V, D] of each image.
 
         The tiles' tokens are merged as they come, neither unpadded nor with a newline token.
         """
-        packed = []
-        for crops in image_features:
-            features = crops.flatten(0, 1)[None]
-            image = TorchImage(features, self.cls_attention, self.config.seed)
-            laid, self.order = lay_out(image, self.layout, self.config, self.summary)
-            packed.append(laid[0])
+        packed = [self._lay_out(crops.flatten(0, 1)[None])[0] for crops in image_features]
         lengths = [p.shape[0] for p in packed]
         return packed, torch.tensor(lengths, dtype=torch.long, device=packed[0].device)
+
+    def _lay_out(self, features: Tensor) -> Tensor:
+        image = TorchImage(features, self.cls_attention, self.config.seed)
+        laid, self.order = lay_out(image, self.layout, self.config, self.summary)
+        return laid
 
     # -- the prompt ------------------------------------------------------------------------------
 
@@ -122,12 +120,11 @@ class SkipVisionState:
         self._answers = None
         if ids is None:
             return None
-        labels = kwargs.get("labels")
         if pixels is not None:
             changed = self._resized(ids, kwargs)
             kwargs, ids = kwargs | changed, changed["input_ids"]
             args = args[1:] if args else args
-            labels = kwargs.get("labels")
+        labels = kwargs.get("labels")
         if labels is not None:
             kwargs["labels"] = labels = labels.masked_fill(ids == self.image_token, IGNORED)
             self._answers = labels != IGNORED

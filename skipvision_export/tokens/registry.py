@@ -40,7 +40,6 @@ class GraphImage:
     features: ir.Value
     cls_attention: Callable[[tape.Tape], ir.Value]
     visual_tokens: int
-    seed: int = 0
 
 
 class Selector:

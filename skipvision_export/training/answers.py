@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipvision_export.training.collate import IGNORED
+from skipvision_export.method.state import IGNORED
 
 
 class AnswerRows:

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from skipvision_export.method.state import IGNORED
 from skipvision_export.runtime.prompt import load_image
 from skipvision_export.training.encoding import Encoded
 
-IGNORED = -100  # a label that counts for nothing, in transformers
 _CACHE_BYTES = 256 << 20
 
 

@@ -114,7 +114,7 @@ class LayOutPass(ir.passes.InPlacePass):
         def scores(t: tape.Tape) -> ir.Value:
             return cls_attention(t, graph, v, self.vision_layers)
 
-        image = GraphImage(features, scores, v, seed)
+        image = GraphImage(features, scores, v)
         return take_rows(t, features, _order(t, chooser.graph_scores(t, image), groups))
 
     def _weights(self, graph: ir.Graph, features: ir.Value) -> dict[str, ir.Value]:
