@@ -2,6 +2,20 @@
 
 import torch
 
+# A prompt of the tiny model with one picture, whose 64 placeholders are 3.
+IDS = torch.tensor([[1, 5, 6, *[3] * 64, 7, 8, 9, 10]])
+
+
+def one_prompt():
+    """Arguments of the tiny model for that prompt and a random picture."""
+    pixels = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(1))
+    return {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "pixel_values": pixels}
+
+
+def generate(model, inputs, **options):
+    options = {"max_new_tokens": 6, "do_sample": False, "min_new_tokens": 6} | options
+    return model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
+
 
 def plain_merge(x, keep):
     """[N, D] -> [keep, D], one similarity at a time (method, section 2)."""

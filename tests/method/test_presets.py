@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from plain import plain_logits
+from plain import IDS, generate, one_prompt, plain_logits
 from tiny import tiny_model
 
 from skipvision_export import SkipVisionConfig, apply_skip_vision
@@ -12,7 +12,6 @@ from skipvision_export.config import PRESETS
 from skipvision_export.errors import ConfigError, InputError
 from skipvision_export.method import SummaryTokens, attach_summary
 
-IDS = torch.tensor([[1, 5, 6, *[3] * 64, 7, 8, 9, 10]])
 MERGED = SkipVisionConfig.counts(12, 20, summaries=True)
 CONFIGS = [
     MERGED,
@@ -49,13 +48,7 @@ def summary():
 
 @pytest.fixture
 def inputs():
-    pixels = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(1))
-    return {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "pixel_values": pixels}
-
-
-def generate(model, inputs, **options):
-    options = {"max_new_tokens": 6, "do_sample": False, "min_new_tokens": 6} | options
-    return model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
+    return one_prompt()
 
 
 def distance(out, expected):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from plain import plain_logits
+from plain import IDS, generate, one_prompt, plain_logits
 from tiny import tiny_model
 from transformers import DynamicCache
 
@@ -11,7 +11,6 @@ from skipvision_export.errors import ConfigError, InputError, ModelError
 from skipvision_export.method import layout_order, select_by_cls_attention
 
 CONFIG = SkipVisionConfig.preset("skip-75")
-IDS = torch.tensor([[1, 5, 6, *[3] * 64, 7, 8, 9, 10]])
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +20,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def inputs():
-    pixels = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(1))
-    return {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "pixel_values": pixels}
-
-
-def generate(model, inputs, **options):
-    options = {"max_new_tokens": 6, "do_sample": False, "min_new_tokens": 6} | options
-    return model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
+    return one_prompt()
 
 
 def gap(a, b):
