@@ -42,7 +42,8 @@ class Bipartite(Merge):
         with torch.no_grad():
             unit = F.normalize(x.float(), dim=-1, eps=EPS)
             similarity = unit @ unit.transpose(1, 2)
-            redundancy = similarity.sum(-1) - similarity.diagonal(dim1=1, dim2=2)
+            # Left out before the sum: subtracting it after would round equal redundancies apart.
+            redundancy = similarity.masked_fill(torch.eye(n, dtype=torch.bool, device=x.device), 0).sum(-1)
             order = redundancy.sort(dim=1, descending=True, stable=True).indices
             sources, targets = order[:, : n - keep], order[:, n - keep :]
             rows = similarity.gather(1, sources.unsqueeze(-1).expand(-1, -1, n))
@@ -69,11 +70,14 @@ class Bipartite(Merge):
 
         unit = unit_rows(t, x)
         similarity = t.op("MatMul", [unit, transposed(t, unit)])
-        own = t.op("ReduceSumSquare", [unit, constant(t, -1)], {"keepdims": 0})
-        redundancy = t.op("ReduceSum", [similarity, constant(t, -1)], {"keepdims": 0})
-        redundancy = t.op("Sub", [redundancy, own])
         n = t.op("Shape", [x], {"start": 1, "end": 2})
         k, zero, axis = constant(t, keep), constant(t, 0), constant(t, 1)
+        # A Range with itself, not EyeLike: TensorRT's wants a static shape.
+        start, step = (t.op("Constant", [], {"value_int": i}) for i in (0, 1))
+        place = t.op("Range", [start, t.op("Squeeze", [n]), step])
+        itself = t.op("Equal", [place, t.op("Unsqueeze", [place, constant(t, -1)])])
+        others = t.op("Where", [itself, constant(t, 0, dtype=np.float32), similarity])
+        redundancy = t.op("ReduceSum", [others, constant(t, -1)], {"keepdims": 0})
         # With as many as are kept the order must stay: equal scores go by index.
         some = t.op("Cast", [t.op("Greater", [n, k])], {"to": ir.DataType.FLOAT})
         order = topk(t, t.op("Mul", [redundancy, some]), n)[1]

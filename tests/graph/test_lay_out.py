@@ -100,6 +100,13 @@ def test_equals_pytorch(data):
     assert gap(config, v, seed, n, zero_rows=zero_rows) <= LIMIT
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_equal_redundancies_go_to_the_lower_index(seed):
+    """Of two tokens and a zero one, both are as redundant as the other: their product, however rounded."""
+    config = SkipVisionConfig.counts(0, 2)
+    assert gap(config, 3, seed, n=64, zero_rows=[1]) <= LIMIT
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     st.lists(st.sampled_from([0, 0.2, 0.5, 0.75, 1]), min_size=1, max_size=5),
