@@ -36,6 +36,10 @@ class PassError(SkipVisionError):
     """A graph pass that refuses a graph; the message names the node and the reason."""
 
 
+class CompilerError(SkipVisionError):
+    """A TensorRT compiler, plugin or engine that is missing, of another version, or refuses a graph."""
+
+
 class CheckFailed(SkipVisionError):
     """A parity or accuracy check over its limit."""
 

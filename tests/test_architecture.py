@@ -19,15 +19,15 @@ LAYERS = [
     {"config"},
     {"models", "method", "graph.passes", "validation"},
     {"bundle", "graph"},
-    {"runtime", "exporter", "training"},
+    {"runtime", "exporter", "training", "tensorrt"},
     {"benchmark"},
     {"report", "calibration"},
     {"cli"},
     {"__main__"},
 ]
-# method needs the facts of models, training the prompts and data of runtime; otherwise parts of one
-# layer do not know each other.
-ALLOWED = {("method", "models"), ("exporter", "runtime"), ("training", "runtime")}
+# method needs the facts of models, training the prompts and data of runtime, which runs engines;
+# otherwise parts of one layer do not know each other.
+ALLOWED = {("method", "models"), ("exporter", "runtime"), ("training", "runtime"), ("runtime", "tensorrt")}
 
 
 def part(module: str) -> str:

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from skipvision_export.cli import bundle_commands, calibrate, demo, finetune, model_commands
+from skipvision_export.cli import build, bundle_commands, calibrate, demo, finetune, model_commands
 from skipvision_export.errors import SkipVisionError
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app.command()(bundle_commands.validate)
 app.command()(bundle_commands.bench)
 app.command()(bundle_commands.generate)
 app.command()(bundle_commands.evaluate)
+app.command()(build.build)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -11,7 +11,9 @@ from skipvision_export.bundle import MANIFEST
 from skipvision_export.cli.common import (
     BundleArgument,
     DenseOption,
+    EnginesOption,
     JsonOption,
+    PluginOption,
     PolicyOption,
     PresetOption,
     Progress,
@@ -137,6 +139,8 @@ def generate(
     ] = None,
     max_new_tokens: NewTokens = 64,
     threads: ThreadsOption = 0,
+    engines: EnginesOption = None,
+    plugin: PluginOption = None,
     json: JsonOption = None,
 ) -> None:
     """Answer a question about a picture, greedily.
@@ -148,9 +152,19 @@ def generate(
     images = image or []
     if len(images) != 1:
         raise InputError(f"got {len(images)} pictures, expected exactly one: --image FILE")
-    answer = Bundle.load(bundle, threads=threads).generate(images[0], prompt, max_new_tokens)
+    loaded = Bundle.load(bundle, **backend_options(engines, plugin, threads))
+    answer = loaded.generate(images[0], prompt, max_new_tokens)
     print(answer.text)
     finish(answer.to_json(), json)
+
+
+def backend_options(engines: Path | None, plugin: Path | None, threads: int = 0) -> dict[str, Any]:
+    """Arguments of Bundle.load; raises ConfigError for a plugin without engines."""
+    if engines is not None:
+        return {"engines": engines, "library": plugin}
+    if plugin is not None:
+        raise ConfigError("--plugin is for engines; give --engines too")
+    return {"threads": threads}
 
 
 def evaluate(
@@ -167,6 +181,8 @@ def evaluate(
     policy: PolicyOption = None,
     dense: DenseOption = False,
     max_new_tokens: NewTokens = 32,
+    engines: EnginesOption = None,
+    plugin: PluginOption = None,
     json: JsonOption = None,
 ) -> None:
     """Task accuracy: exact match of greedy answers on question-answer data.
@@ -188,7 +204,10 @@ def evaluate(
     if (Path(bundle_or_model) / MANIFEST).is_file():
         if preset is not None or policy is not None or dense:
             raise ConfigError("a bundle runs as it was exported; leave out --preset, --policy and --dense")
-        answer = accuracy.BundleAnswerer(Bundle.load(bundle_or_model), max_new_tokens)
+        loaded = Bundle.load(bundle_or_model, **backend_options(engines, plugin))
+        answer = accuracy.BundleAnswerer(loaded, max_new_tokens)
+    elif engines is not None:
+        raise ConfigError(f"{bundle_or_model} is no bundle; --engines belongs to the bundle of the engines")
     else:
         source = resolve_model(bundle_or_model)
         saved = saved_config(source.folder) or SkipVisionConfig.dense()

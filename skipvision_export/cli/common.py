@@ -28,6 +28,14 @@ BundleArgument = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="A folder that `skipvision export` wrote.")
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit, where MODEL is a Hub id.")]
+EnginesOption = Annotated[
+    Path | None,
+    typer.Option(metavar="ENGINES", help="Run what `skipvision build` wrote of BUNDLE, on a GPU."),
+]
+PluginOption = Annotated[
+    Path | None,
+    typer.Option(metavar="LIBRARY", help="The KVPrune plugin, built from plugins/kv_prune."),
+]
 ThreadsOption = Annotated[int, typer.Option(min=0, help="CPU threads; 0 lets the runtime choose.")]
 
 PresetOption = Annotated[

@@ -173,6 +173,7 @@ class Generator:
         done.vision_ms = (time.perf_counter() - start) * 1e3
         start = time.perf_counter()
         out = self.prefill(input_ids, features)
+        logits = self._logits(out)
         done.prefill_ms = (time.perf_counter() - start) * 1e3
         done.kv_tokens_after_prefill = self.backend.shape(out[self._present[0]])[2]
         if keep_kv:
@@ -180,7 +181,6 @@ class Generator:
         # Decode goes on from the original length, not from the cache's.
         position = input_ids.shape[1]
         while True:
-            logits = self.backend.numpy(out["logits"])[0, -1].astype(np.float32)
             token = choose(logits)
             done.token_ids.append(token)
             if keep_logits:
@@ -189,5 +189,10 @@ class Generator:
                 return done
             start = time.perf_counter()
             out = self.decode(token, position, out)
+            logits = self._logits(out)
             done.decode_ms.append((time.perf_counter() - start) * 1e3)
             position += 1
+
+    def _logits(self, out: dict[str, Any]) -> npt.NDArray[np.float32]:
+        """[vocab] of the last position, on the host; a backend that works ahead is waited for here."""
+        return np.asarray(self.backend.numpy(out["logits"])[0, -1], np.float32)

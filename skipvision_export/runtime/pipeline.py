@@ -42,23 +42,27 @@ class Bundle:
     >>> Bundle.load("bundle").generate(image="photo.png", prompt="What is this?").text
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, **backend: Any) -> None:
-        """Use `load`; backend: keyword arguments of OrtBackend."""
+    def __init__(self, folder: Path, manifest: Manifest, engines: Path | None = None, **backend: Any) -> None:
+        """Use `load`."""
         self.folder = folder
         self.manifest = manifest
+        self._engines = engines
         self._backend_options = backend
 
     @classmethod
-    def load(cls, folder: str | Path, *, verify: bool = True, **backend: Any) -> Bundle:
+    def load(
+        cls, folder: str | Path, *, verify: bool = True, engines: Path | None = None, **backend: Any
+    ) -> Bundle:
         """Read and check a bundle; raises BundleError that names the file at fault.
 
-        verify=False skips the hashes, which read every byte; backend: arguments of OrtBackend.
+        verify=False skips the hashes, which read every byte; engines: run these, built of the bundle by
+        `skipvision build`, on a GPU; backend: arguments of OrtBackend, or of TrtRunner.
         """
         folder = Path(folder)
         manifest = Manifest.load(folder)
         if verify:
             manifest.verify(folder)
-        return cls(folder, manifest, **backend)
+        return cls(folder, manifest, engines, **backend)
 
     @property
     def config(self) -> SkipVisionConfig:
@@ -72,8 +76,12 @@ class Bundle:
 
     @cached_property
     def generator(self) -> Generator:
-        """The generation loop on the bundle's own layout."""
-        return Generator(self.backend, self.manifest)
+        """The generation loop on the bundle's own layout; on engines where they were given."""
+        if self._engines is None:
+            return Generator(self.backend, self.manifest)
+        from skipvision_export.runtime.trt import TrtRunner
+
+        return Generator(TrtRunner(self._engines, self.folder, **self._backend_options), self.manifest)
 
     @cached_property
     def processor(self) -> Any:

@@ -1,0 +1,1 @@
+"""TensorRT engines of a bundle: finding a compiler, recipes, profiles, lowering, building."""
