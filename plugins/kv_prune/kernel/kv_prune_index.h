@@ -90,7 +90,7 @@ SKIPVISION_BOTH int64_t work_y(const Plan& plan) {
   return mode == Mode::kInPlacePacked ? 1 : plan.all_heads;
 }
 
-// The run of units of one head that starts at tile x. Divisions of 64 bits are here, once per tile, not per unit.
+// The run of units of one head that starts at tile x. Its divisions of 64 bits are here, once per tile, not per unit.
 SKIPVISION_DEVICE Tile run_tile(const Plan& plan, int64_t x, int64_t head) {
   const int64_t start = x * slots_of(Mode::kOutOfPlace);
   const int64_t row = start / plan.row_units;
