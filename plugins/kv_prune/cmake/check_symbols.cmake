@@ -1,0 +1,16 @@
+# cmake -DNM=... -DLIBRARY=... -DEXPORTS="a;b" -P check_symbols.cmake
+# The library exports these names only, and every undefined one belongs to the C or C++ runtime (they carry a version).
+execute_process(COMMAND "${NM}" -D "${LIBRARY}" OUTPUT_VARIABLE symbols COMMAND_ERROR_IS_FATAL ANY)
+string(REPLACE "\n" ";" symbols "${symbols}")
+set(exported)
+foreach(line IN LISTS symbols)
+  if(line MATCHES " [A-TV-Z] ([^ ]+)$")
+    list(APPEND exported ${CMAKE_MATCH_1})
+  elseif(line MATCHES " U ([^@ ]+)$")
+    message(FATAL_ERROR "${LIBRARY} needs ${CMAKE_MATCH_1}, which no C or C++ runtime holds")
+  endif()
+endforeach()
+list(SORT exported)
+if(NOT exported STREQUAL EXPORTS)
+  message(FATAL_ERROR "${LIBRARY} exports ${exported}; expected ${EXPORTS}")
+endif()
