@@ -163,7 +163,7 @@ def _build_graph(
         profiles,
         settings,
         timing_cache=_timing_cache(tensorrt) if settings.timing_cache else None,
-        plugins_to_serialize=_to_serialize(planned),
+        plugins_to_serialize=_to_serialize(planned) if nodes else (),
         progress=progress,
     )
     seconds = time.perf_counter() - start

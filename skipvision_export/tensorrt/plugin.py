@@ -9,6 +9,8 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from skipvision_export.errors import CompilerError
 from skipvision_export.graph.passes.names import DOMAIN, DOMAIN_VERSION
 
@@ -133,5 +135,10 @@ def _declaration(trt: Any) -> Any:
     return Creator()
 
 
+# Of what an engine holds of a KVPrune layer; the library refuses another one.
+FORMAT_FIELD, FORMAT_VERSION = "format_version", 1
+_format = np.array([FORMAT_VERSION], np.int32)  # TensorRT keeps a pointer to it
+
+
 def _fields(trt: Any) -> list[Any]:
-    return []
+    return [trt.PluginField(FORMAT_FIELD, _format, trt.PluginFieldType.INT32)]

@@ -4,9 +4,14 @@ import ctypes
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from skipvision_export.errors import CompilerError
+from skipvision_export.tensorrt import library, plugin
+from skipvision_export.tensorrt.manifest import EnginesManifest
 
 SOURCE = Path(__file__).parents[2] / "plugins" / "kv_prune"
 ARCHITECTURES = (80, 86, 87, 89, 90, 100, 110, 120)
@@ -40,12 +45,12 @@ def emulation(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def kernel_library(tmp_path_factory) -> tuple[Path, str]:
     """The kernel's library for every architecture, and what nvcc said."""
-    library = tmp_path_factory.mktemp("kv_prune_kernel") / "libskipvision_kv_prune_kernel.so"
+    out = tmp_path_factory.mktemp("kv_prune_kernel") / "libskipvision_kv_prune_kernel.so"
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     flags = "-shared -std=c++17 -O3 --threads 2 -Xcompiler -Wall,-Wextra,-fPIC,-fvisibility=hidden".split()
     exports = f"-Xlinker=--version-script={SOURCE / 'cmake' / 'kernel.map'},--no-undefined"
-    said = run(tool("nvcc"), *flags, *targets, exports, SOURCE / "kernel" / "kv_prune.cu", "-o", library)
-    return library, said
+    said = run(tool("nvcc"), *flags, *targets, exports, SOURCE / "kernel" / "kv_prune.cu", "-o", out)
+    return out, said
 
 
 class Params(ctypes.Structure):
@@ -88,13 +93,13 @@ def test_kernel_library_exports(kernel_library):
 
 
 def test_kernel_library_from_python(kernel_library):
-    library = ctypes.CDLL(str(kernel_library[0]))
-    library.skipvision_kv_prune_version.restype = ctypes.c_char_p
-    library.skipvision_kv_prune_error.restype = ctypes.c_char_p
-    assert library.skipvision_kv_prune_version().startswith(b"1 (")
+    loaded = ctypes.CDLL(str(kernel_library[0]))
+    loaded.skipvision_kv_prune_version.restype = ctypes.c_char_p
+    loaded.skipvision_kv_prune_error.restype = ctypes.c_char_p
+    assert loaded.skipvision_kv_prune_version().startswith(b"1 (")
 
     def status(**changes):
-        return library.skipvision_kv_prune(ctypes.byref(params(**changes)), None)
+        return loaded.skipvision_kv_prune(ctypes.byref(params(**changes)), None)
 
     assert status(kept=0, key=None, value_out=None) == 0
     # A full set in place moves nothing.
@@ -105,13 +110,13 @@ def test_kernel_library_from_python(kernel_library):
     assert status(key=0x1001) == -2
     assert status(key_out=0x1010) == -3
     assert status(batch=1 << 31, heads=1 << 31) == -4
-    texts = {library.skipvision_kv_prune_error(code) for code in (0, -1, -2, -3, -4, -5)}
+    texts = {loaded.skipvision_kv_prune_error(code) for code in (0, -1, -2, -3, -4, -5)}
     assert len(texts) == 6
 
 
 def test_kernel_on_a_gpu(kernel_library, tmp_path):
-    library, program = kernel_library[0], tmp_path / "kernel_test"
-    link = ("-Xcompiler", "-Wall,-Wextra", library, "-Xlinker", f"-rpath={library.parent}")
+    shared, program = kernel_library[0], tmp_path / "kernel_test"
+    link = ("-Xcompiler", "-Wall,-Wextra", shared, "-Xlinker", f"-rpath={shared.parent}")
     assert "warning" not in run(
         tool("nvcc"), "-std=c++17", SOURCE / "tests" / "kernel_test.cu", *link, "-o", program
     )
@@ -137,10 +142,48 @@ def test_cmake_without_nvcc(tmp_path):
     assert "host_emulation" in run(tool("cmake"), "--build", tmp_path, "--target", "help")
 
 
-def test_plugin(tmp_path):
+@pytest.fixture(scope="session")
+def plugin_build(tmp_path_factory) -> Path:
+    """A build of everything, the plugin included."""
     if not os.environ.get("TensorRT_ROOT"):  # noqa: SIM112 (CMake's spelling)
-        pytest.skip("set TensorRT_ROOT to a folder with include/NvInfer.h of TensorRT 10.7 or later")
-    run(tool("cmake"), "-S", SOURCE, "-B", tmp_path)
-    assert "warning:" not in run(tool("cmake"), "--build", tmp_path, "-j2")
-    output = run(tool("ctest"), "--test-dir", tmp_path, "--output-on-failure")
+        pytest.skip("set TensorRT_ROOT to a folder with include/NvInfer.h of TensorRT 10.3 or later")
+    folder = tmp_path_factory.mktemp("kv_prune_plugin")
+    run(tool("cmake"), "-S", SOURCE, "-B", folder)
+    assert "warning:" not in run(tool("cmake"), "--build", folder, "-j2")
+    return folder
+
+
+def test_plugin(plugin_build):
+    output = run(tool("ctest"), "--test-dir", plugin_build, "--output-on-failure")
     assert "plugin_test_twin" in output
+
+
+@pytest.mark.parametrize("serialize", [False, True])
+def test_a_real_compiler_takes_the_plugin(plugin_build, bundle_folder, tmp_path, serialize):
+    try:
+        library.find("tensorrt-rtx")
+    except CompilerError as error:
+        pytest.skip(f"needs TensorRT-RTX: {error}")
+    file = plugin_build / "libskipvision_kv_prune.so"
+    # In a process of its own: once a plugin is registered, it stays.
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'[plugin]\nkv_prune = "library"\nserialize = {str(serialize).lower()}\n')
+    command = [sys.executable, "-m", "skipvision_export", "build", bundle_folder, "--recipe", recipe]
+    output = run(*command, "-o", tmp_path / "e", "--plugin", file)
+    assert "3 KVPrune layers" in output
+    made = EnginesManifest.load(tmp_path / "e")
+    assert made.kv_prune == "library"
+    engine = (tmp_path / "e" / made.engines["decoder_prefill"].file).read_bytes()
+    assert (b"getCreators" in engine) == serialize
+    # What a declaration leaves in an engine is what the library reads.
+    recipe.write_text('[plugin]\nkv_prune = "declared"\n')
+    run(*command, "-o", tmp_path / "d")
+    declared = EnginesManifest.load(tmp_path / "d")
+    if not serialize:
+        assert declared.engines["decoder_prefill"].bytes == len(engine)
+
+
+def test_the_declaration_writes_the_library_s_format():
+    text = (SOURCE / "tensorrt" / "kv_prune_plugin.h").read_text()
+    assert f'kFormatField[] = "{plugin.FORMAT_FIELD}"' in text
+    assert f"kFormatVersion = {plugin.FORMAT_VERSION};" in text

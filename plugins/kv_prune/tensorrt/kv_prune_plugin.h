@@ -6,9 +6,10 @@
 #include <cstdint>
 #include <string>
 
-// Before 10.7 the ONNX parser takes a node's function body even where a plugin is loaded.
-static_assert(NV_TENSORRT_MAJOR > 10 || (NV_TENSORRT_MAJOR == 10 && NV_TENSORRT_MINOR >= 7),
-              "KVPrune needs the headers of TensorRT 10.7 or later");
+// 10.3 is what JetPack 6.2 has. Before 10.7 the ONNX parser takes a node's function body even where a plugin is
+// loaded: `skipvision build` leaves the body out there.
+static_assert(NV_TENSORRT_MAJOR > 10 || (NV_TENSORRT_MAJOR == 10 && NV_TENSORRT_MINOR >= 3),
+              "KVPrune needs the headers of TensorRT 10.3 or later");
 
 namespace skipvision::tensorrt {
 
