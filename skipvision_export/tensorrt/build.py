@@ -110,6 +110,11 @@ def build(
     planned = plan(bundle, recipe, library)
     planned.manifest.verify(bundle)
     tensorrt = find(recipe.builder.product, recipe.builder.version)
+    if recipe.builder.version_compatible and tensorrt.compiler.product != "tensorrt":
+        raise ConfigError(
+            f"recipe {recipe.name}: builder.version_compatible: {tensorrt.compiler} has no such engines; "
+            "leave it out"
+        )
     _alive = _prepare_plugin(tensorrt, planned)
     engines: dict[str, EngineInfo] = {}
     with atomic_folder(out, force) as folder:

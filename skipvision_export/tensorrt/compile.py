@@ -21,6 +21,7 @@ Progress = Callable[[str], None]
 _ADVICE = (
     ("Plugin not found", 'pass --plugin LIBRARY, or set kv_prune = "none" in the recipe'),
     ("dedicated kernel", "the compiler has no kernel for this attention; export with --dtype float16"),
+    ("workspace", "raise workspace_mib in the recipe, or narrow its profiles"),
     ("memory", "set workspace_mib in the recipe, or narrow its profiles"),
     ("profile", "check the recipe's profiles"),
     ("Unsupported", "the operator is new to this compiler; use a newer one"),
