@@ -46,7 +46,7 @@ class Bundle:
         """Use `load`; backend: keyword arguments of OrtBackend."""
         self.folder = folder
         self.manifest = manifest
-        self._backend_options = backend
+        self.backend_options = backend
 
     @classmethod
     def load(cls, folder: str | Path, *, verify: bool = True, **backend: Any) -> Bundle:
@@ -68,7 +68,7 @@ class Bundle:
     @cached_property
     def backend(self) -> OrtBackend:
         """The sessions."""
-        return OrtBackend(self.folder, self.manifest, **self._backend_options)
+        return OrtBackend(self.folder, self.manifest, **self.backend_options)
 
     @cached_property
     def generator(self) -> Generator:
