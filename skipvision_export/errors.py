@@ -28,6 +28,10 @@ class BundleError(SkipVisionError):
     """A bundle with a missing, truncated, altered or too new file."""
 
 
+class BackendError(SkipVisionError):
+    """A bundle of a type that a runtime has no kernels for."""
+
+
 class OutputError(SkipVisionError):
     """An output folder that exists, is full or cannot be written."""
 

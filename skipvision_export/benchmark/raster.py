@@ -1,4 +1,4 @@
-"""The vision encoder without its layout pass: what a dense model's decoder reads."""
+"""The vision encoder up to its layout pass: what a dense model's decoder reads, and the choice."""
 
 from __future__ import annotations
 
@@ -10,22 +10,27 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 import onnxruntime as ort
 
-from skipvision_export.graph.passes.names import RASTER_FEATURES, VISION
+from skipvision_export.graph.passes.names import RASTER_FEATURES, TOKEN_ORDER, VISION
 from skipvision_export.runtime.pipeline import Bundle
 
 
 class RasterEncoder:
-    """Runs a bundle's own vision encoder up to the features before anything is chosen or merged."""
+    """Runs a bundle's own vision encoder up to the features before anything is merged."""
 
     def __init__(self, bundle: Bundle) -> None:
         """Cut the graph in memory; weights in a file of their own stay there."""
         file = bundle.folder / bundle.manifest.graphs[VISION].file
         model = ir.load(file)
         graph = model.graph
-        inside = [v for node in graph for v in node.outputs if v.name == RASTER_FEATURES]
-        if inside:
-            graph.outputs[0] = inside[0]
-            inside[0].type = inside[0].type or ir.TensorType(ir.DataType[bundle.manifest.dtype.upper()])
+        inside = {v.name: v for node in graph for v in node.outputs}
+        raster = inside.get(RASTER_FEATURES)
+        if raster is not None:
+            graph.outputs[0] = raster
+            raster.type = raster.type or ir.TensorType(ir.DataType[bundle.manifest.dtype.upper()])
+        order = inside.get(TOKEN_ORDER)
+        if order is not None:
+            order.type = ir.TensorType(ir.DataType.INT64)
+            graph.outputs.append(order)
         common.RemoveUnusedNodesPass()(model)
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -38,6 +43,11 @@ class RasterEncoder:
 
     def __call__(self, pixel_values: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
         """[1, 3, h, w] -> [1, V, D] in raster order."""
+        return self.run(pixel_values)[0]
+
+    def run(self, pixel_values: npt.NDArray[np.float32]) -> tuple[npt.NDArray[Any], list[int]]:
+        """The same, and the chosen order of the tokens: [V], empty where it is a constant."""
         feed = self._session.get_inputs()[0]
         dtype = np.float16 if feed.type == "tensor(float16)" else np.float32
-        return np.asarray(self._session.run(None, {feed.name: pixel_values.astype(dtype)})[0])
+        raster, *order = self._session.run(None, {feed.name: pixel_values.astype(dtype)})
+        return np.asarray(raster), order[0][0].tolist() if order else []

@@ -61,6 +61,8 @@ class SkipVisionState:
         self._answers: Tensor | None = None
         self._cls_query: Tensor | None = None
         self._scores: Tensor | None = None
+        # Sees the features before and after they are laid out and says what the decoder reads.
+        self.watch: Callable[[Tensor, Tensor], Tensor] | None = None
 
     # -- choice of tokens ------------------------------------------------------------------------
 
@@ -110,7 +112,7 @@ class SkipVisionState:
     def _lay_out(self, features: Tensor) -> Tensor:
         image = TorchImage(features, self.cls_attention, self.config.seed)
         laid, self.order = lay_out(image, self.layout, self.config, self.summary)
-        return laid
+        return laid if self.watch is None else self.watch(features, laid)
 
     # -- the prompt ------------------------------------------------------------------------------
 

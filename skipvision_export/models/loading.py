@@ -95,7 +95,8 @@ def load_model(source: ModelSource, dtype: str = "float32") -> Any:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(
-                f"weight {name} in {source.folder} holds NaN or infinity; export would only hide it"
+                f"weight {name} in {source.folder} holds NaN or infinity in {dtype}; export would only "
+                f"hide it{' (numbers over 65504 need bfloat16)' if dtype == 'float16' else ''}"
             )
     return model.eval()
 

@@ -11,7 +11,7 @@ import onnxruntime as ort
 
 from skipvision_export.bundle import Manifest
 from skipvision_export.bundle.graphs import GraphInfo
-from skipvision_export.errors import BundleError
+from skipvision_export.errors import BackendError, BundleError
 
 _NUMPY = {"float": np.float32, "float16": np.float16, "int64": np.int64}
 
@@ -35,6 +35,7 @@ class OrtBackend:
     ) -> None:
         """threads: 0 lets ONNX Runtime choose; optimize=False turns every graph fusion off."""
         self.folder = folder
+        self.dtype = manifest.dtype
         self.graphs: dict[str, GraphInfo] = manifest.graphs
         self.providers = providers
         level = ort.GraphOptimizationLevel
@@ -45,7 +46,16 @@ class OrtBackend:
         self._sessions: dict[str, ort.InferenceSession] = {}
 
     def session(self, graph: str) -> ort.InferenceSession:
-        """The session of one graph; raises BundleError where ONNX Runtime refuses the file."""
+        """The session of one graph.
+
+        Raises BackendError for a type that the provider has no kernels for, and BundleError where
+        ONNX Runtime refuses the file.
+        """
+        if self.dtype == "bfloat16" and self.providers == ("CPUExecutionProvider",):
+            raise BackendError(
+                f"{self.folder} is bfloat16, which ONNX Runtime has no CPU kernels for; export again with "
+                "--dtype float32 or float16 to run it here (bfloat16 is for TensorRT and CUDA)"
+            )
         if graph not in self._sessions:
             file = self.folder / self.graphs[graph].file
             try:

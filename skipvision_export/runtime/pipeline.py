@@ -47,7 +47,7 @@ class Bundle:
         self.folder = folder
         self.manifest = manifest
         self._engines = engines
-        self._backend_options = backend
+        self.backend_options = backend
 
     @classmethod
     def load(
@@ -72,7 +72,7 @@ class Bundle:
     @cached_property
     def backend(self) -> OrtBackend:
         """The sessions."""
-        return OrtBackend(self.folder, self.manifest, **self._backend_options)
+        return OrtBackend(self.folder, self.manifest, **self.backend_options)
 
     @cached_property
     def generator(self) -> Generator:
@@ -81,7 +81,7 @@ class Bundle:
             return Generator(self.backend, self.manifest)
         from skipvision_export.runtime.trt import TrtRunner
 
-        return Generator(TrtRunner(self._engines, self.folder, **self._backend_options), self.manifest)
+        return Generator(TrtRunner(self._engines, self.folder, **self.backend_options), self.manifest)
 
     @cached_property
     def processor(self) -> Any:

@@ -15,20 +15,36 @@ from skipvision_export.models.loading import ModelSource, load_model, load_proce
 from skipvision_export.runtime.generation import Transcript
 from skipvision_export.runtime.pipeline import eos_tokens
 from skipvision_export.runtime.prompt import PromptInputs, prepare
+from skipvision_export.runtime.rounded import load_rounded
 
 
 class TorchReference:
     """`model.generate()`, with every step's logits and the cache right after prefill."""
 
-    def __init__(self, source: ModelSource, model: Any = None) -> None:
-        """model: an already loaded one; else its weights are loaded in float32."""
+    def __init__(
+        self,
+        source: ModelSource,
+        model: Any = None,
+        *,
+        dtype: str = "float32",
+        weights_dtype: str | None = None,
+    ) -> None:
+        """model: an already loaded one, else it is loaded.
+
+        dtype: what a loaded model holds and computes in; weights_dtype: a half type that its weights
+        are rounded to before they compute in float32. Raises ModelError as loading does.
+        """
         self.source = source
-        self.model = load_model(source) if model is None else model
+        if model is None:
+            model = load_rounded(source, weights_dtype) if weights_dtype else load_model(source, dtype)
+        self.model = model
         self.processor = load_processor(source.folder)
         self.visual_tokens = source.family.visual_tokens(source.config)
         self.eos = eos_tokens(source.folder, self.processor)
         summary = saved_summary(source.folder)
-        self.summary = None if summary is None else summary.to(self.model.dtype)
+        if summary is not None:
+            summary = summary.to(getattr(torch, weights_dtype or dtype)).to(self.model.dtype)
+        self.summary = summary
 
     def prepare(self, image: str | Path | Any, prompt: str) -> PromptInputs:
         """Arrays of a picture and a prompt, with the model's own placeholders; raises InputError."""
@@ -60,18 +76,32 @@ class TorchReference:
         max_new_tokens: int = 64,
         config: SkipVisionConfig | None = None,
         keep_kv: bool = False,
+        keep_features: bool = False,
+        features: np.ndarray | None = None,
     ) -> tuple[Transcript, SkipVisionState | None]:
         """Generate greedily, dense or under `apply_skip_vision(config)`.
 
         Patched, the summary tokens are those trained with the model, where it has any, and prompt
         tokens are counted with the layout's placeholders. Returns the transcript and, where patched,
         the state that tells the choice of tokens.
+
+        keep_features: record the picture's features and order; features: laid-out features
+        [layout.total, D] that the decoder reads instead of its picture's own. Both only where patched.
         """
         ids = torch.from_numpy(inputs.input_ids)
         sizes = inputs.image_sizes
         tiles = {} if sizes is None else {"image_sizes": torch.from_numpy(sizes)}
         patch = None if config is None else apply_skip_vision(self.model, config, summary=self.summary)
+        done = Transcript()
+
+        def watch(raster: torch.Tensor, laid: torch.Tensor) -> torch.Tensor:
+            if keep_features:
+                done.raster, done.laid = (x[0].float().numpy() for x in (raster, laid))
+            return laid if features is None else torch.from_numpy(features)[None].to(laid.dtype)
+
         with patch or nullcontext() as state:
+            if state is not None:
+                state.watch = watch
             out = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -85,11 +115,12 @@ class TorchReference:
                 output_logits=True,
             )
         tokens = out.sequences[0, ids.shape[1] :].tolist()
-        done = Transcript(
-            token_ids=tokens,
-            logits=[step[0].float().numpy() for step in out.logits],
-            prompt_tokens=ids.shape[1] if state is None else state.prompt_length,
-        )
+        done.token_ids = tokens
+        done.logits = [step[0].float().numpy() for step in out.logits]
+        done.prompt_tokens = ids.shape[1] if state is None else state.prompt_length
+        if state is not None and keep_features:
+            assert state.order is not None
+            done.order = state.order[0].tolist()
         layers = out.past_key_values.layers
         # The last token is chosen but never fed, so decode appended one fewer than was generated.
         kept = layers[0].keys.shape[2] - (len(tokens) - 1)

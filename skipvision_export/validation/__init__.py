@@ -1,6 +1,20 @@
 """Comparing arrays and generations; knows no backend."""
 
 from skipvision_export.validation.compare import TensorGap, tensor_gap, worst
-from skipvision_export.validation.gaps import LIMITS, Gap, compare_steps, layer_rows
+from skipvision_export.validation.gaps import LIMIT, Choice, Gap, compare_steps, layer_rows
+from skipvision_export.validation.precision import MIN_CHOICE, MIN_DB, compare_precision, same_choice
 
-__all__ = ["LIMITS", "Gap", "TensorGap", "compare_steps", "layer_rows", "tensor_gap", "worst"]
+__all__ = [
+    "LIMIT",
+    "MIN_CHOICE",
+    "MIN_DB",
+    "Choice",
+    "Gap",
+    "TensorGap",
+    "compare_precision",
+    "compare_steps",
+    "layer_rows",
+    "same_choice",
+    "tensor_gap",
+    "worst",
+]

@@ -1,4 +1,4 @@
-"""The four gaps between a model and what is shipped of it, each compared apart."""
+"""The gaps between a model and what is shipped of it, each compared apart."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 
 from skipvision_export.validation.compare import Array, TensorGap, tensor_gap, worst
 
-# Largest absolute difference of logits, keys and values that is still rounding, by type.
-LIMITS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-1}
+# Largest absolute difference of logits, keys and values that is still rounding of float32.
+LIMIT = 1e-4
 
 
 class Steps(Protocol):
@@ -22,12 +22,32 @@ class Steps(Protocol):
     kv: list[Array]
 
 
+@dataclass(frozen=True)
+class Choice:
+    """How alike two sides chose the tokens of a number of pictures.
+
+    tokens: share of the chosen tokens that both sides chose for the same group, over all pictures;
+    pictures: share of pictures with exactly the same choice; limit: on tokens.
+    """
+
+    tokens: float
+    pictures: float
+    limit: float
+
+    def to_json(self) -> dict[str, float]:
+        """The fields as a JSON object."""
+        return {"tokens": self.tokens, "pictures": self.pictures, "limit": self.limit}
+
+
 @dataclass
 class Gap:
     """One gap over a number of prompts.
 
     outputs: per output of the decoder the worst difference; greedy_match: share of prompts whose
-    greedy tokens are all equal; limit: on max_abs of every output, None where it is only reported.
+    greedy tokens are all equal; limit: on max_abs of every output, then tokens must be equal too;
+    min_db: on sqnr_db of every output, then tokens are only reported; neither: all is reported.
+    not_finite: outputs with inf or nan where finite numbers were expected; dtype: what the compared
+    side computed in; not_run: why nothing was compared, where that is in order.
     """
 
     name: str
@@ -36,14 +56,38 @@ class Gap:
     greedy_match: float = 1.0
     outputs: dict[str, TensorGap] = field(default_factory=dict)
     note: str = ""
+    min_db: float | None = None
+    choice: Choice | None = None
+    not_finite: list[str] = field(default_factory=list)
+    dtype: str = "float32"
+    not_run: str = ""
 
     @property
-    def passed(self) -> bool:
-        """All tokens equal and every output within the limit."""
-        if self.limit is None:
-            return True
-        within = all(gap.max_abs <= self.limit for gap in self.outputs.values())
-        return within and self.greedy_match == 1.0 and self.n > 0
+    def passed(self) -> bool | None:
+        """Nothing is over its limit; None where the gap was not run."""
+        return None if self.not_run else not self.failures()
+
+    def failures(self) -> list[str]:
+        """What is over its limit, each in words; empty where the gap was not run."""
+        if self.not_run or (self.limit is None and self.min_db is None):
+            return []
+        found = [] if self.n else ["nothing was compared"]
+        if self.not_finite:
+            found.append(_not_finite(self.not_finite, self.dtype))
+        for name, gap in self.outputs.items():
+            # Not `>`: a nan is over every limit.
+            if self.limit is not None and not gap.max_abs <= self.limit:
+                found.append(f"{name} max_abs {gap.max_abs:.2e}, limit {self.limit:.0e}")
+            if self.min_db is not None and not gap.sqnr_db >= self.min_db:
+                found.append(f"{name} {gap.sqnr_db:.1f} dB, expected {self.min_db:.0f} or more")
+        if self.limit is not None and self.greedy_match != 1.0:
+            found.append(f"greedy tokens equal for {self.greedy_match:.1%} of the prompts only")
+        if self.choice is not None and not self.choice.tokens >= self.choice.limit:
+            found.append(
+                f"{self.choice.tokens:.1%} of the chosen visual tokens are the same, expected "
+                f"{self.choice.limit:.0%} or more"
+            )
+        return found
 
     @property
     def overall(self) -> TensorGap:
@@ -51,33 +95,56 @@ class Gap:
         return worst(list(self.outputs.values()))
 
     def to_json(self) -> dict[str, Any]:
-        """With the worst of all outputs beside each of them."""
+        """With the worst of all outputs beside each of them; numbers are null where it was not run."""
+        numbers = dict.fromkeys(("max_abs", "cosine", "sqnr_db")) if self.not_run else self.overall.to_json()
         return {
             "passed": self.passed,
             "limit": self.limit,
             "n": self.n,
-            "greedy_match": self.greedy_match,
-            **self.overall.to_json(),
+            "greedy_match": None if self.not_run else self.greedy_match,
+            **numbers,
             "outputs": {name: gap.to_json() for name, gap in self.outputs.items()},
+            **({} if self.min_db is None else {"min_sqnr_db": self.min_db}),
+            **({} if self.choice is None else {"choice": self.choice.to_json()}),
+            **({"not_finite": self.not_finite} if self.not_finite else {}),
+            **({"not_run": self.not_run} if self.not_run else {}),
             **({"note": self.note} if self.note else {}),
         }
 
 
+def _not_finite(names: list[str], dtype: str) -> str:
+    where = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    if dtype == "float16":
+        return f"float16 overflowed (inf or nan in {where}; its largest number is 65504): use bfloat16"
+    return f"inf or nan in {where}"
+
+
 def compare_steps(
-    name: str, pairs: Sequence[tuple[Steps, Steps]], limit: float | None, note: str = ""
+    name: str,
+    pairs: Sequence[tuple[Steps, Steps]],
+    limit: float | None,
+    note: str = "",
+    dtype: str = "float32",
 ) -> Gap:
     """Compare generations pairwise: logits of every step, K and V of every layer after prefill.
 
     Steps are compared as long as both chose the same tokens, and one step beyond: there the inputs
     were still equal. Cached K and V are compared where both sides recorded them.
+    dtype: what the second of each pair computed in; it only words what failed.
     """
-    logits: list[TensorGap] = []
-    layers: dict[str, list[TensorGap]] = {}
+    found: dict[str, list[TensorGap]] = {}
+    not_finite: dict[str, None] = {}
     matches = []
+
+    def compare(output: str, a: Array, b: Array) -> None:
+        found.setdefault(output, []).append(tensor_gap(a, b))
+        if np.isfinite(a).all() and not np.isfinite(b).all():
+            not_finite[output] = None
+
     for expected, actual in pairs:
         matches.append(expected.token_ids == actual.token_ids)
         for step, (a, b) in enumerate(zip(expected.logits, actual.logits, strict=False)):
-            logits.append(tensor_gap(a, b))
+            compare("logits", a, b)
             if expected.token_ids[step] != actual.token_ids[step]:
                 break
         if expected.kv and actual.kv:
@@ -85,11 +152,10 @@ def compare_steps(
             for i in range(max(len(expected.kv), len(actual.kv))):
                 a = expected.kv[i] if i < len(expected.kv) else np.zeros(0)
                 b = actual.kv[i] if i < len(actual.kv) else np.zeros(0)
-                key = f"present.{i // 2}.{'value' if i % 2 else 'key'}"
-                layers.setdefault(key, []).append(tensor_gap(a, b))
-    outputs = {"logits": worst(logits)} if logits else {}
-    outputs |= {key: worst(gaps) for key, gaps in layers.items()}
-    return Gap(name, limit, len(pairs), float(np.mean(matches)), outputs, note)
+                compare(f"present.{i // 2}.{'value' if i % 2 else 'key'}", a, b)
+    outputs = {output: worst(gaps) for output, gaps in found.items()}
+    match = float(np.mean(matches)) if matches else 0.0
+    return Gap(name, limit, len(pairs), match, outputs, note, not_finite=list(not_finite), dtype=dtype)
 
 
 def layer_rows(gap: Gap) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from skipvision_export.config import SkipVisionConfig
+from skipvision_export.graph.passes.half_rotary import HalfRotaryPass
 from skipvision_export.graph.passes.kv_prune import KVPrunePass
 from skipvision_export.graph.passes.lay_out import LayOutPass, Weights
 from skipvision_export.graph.passes.names import DECODE, EMBED, PREFILL, VISION
@@ -48,11 +49,12 @@ def passes_for(graph: str, context: PassContext) -> list[ir.passes.InPlacePass]:
         ],
         EMBED: [],
         PREFILL: [
+            HalfRotaryPass(),
             NativeGQAPass(),
             SkipFFNPass(tiers),
             *([StrictMaskPass()] if config.strict else []),
             KVPrunePass(context.num_layers),
         ],
-        DECODE: [NativeGQAPass()],
+        DECODE: [HalfRotaryPass(), NativeGQAPass()],
     }
     return passes[graph]

@@ -12,7 +12,7 @@ from onnx_ir import tape
 
 from skipvision_export.config import SkipVisionConfig
 from skipvision_export.graph.passes.cls_scores import cls_attention
-from skipvision_export.graph.passes.names import RASTER_FEATURES
+from skipvision_export.graph.passes.names import RASTER_FEATURES, TOKEN_ORDER
 from skipvision_export.layout import TokenLayout
 from skipvision_export.tokens import GraphImage, merge, selector
 from skipvision_export.tokens.ops import constant, take_rows, topk
@@ -35,8 +35,9 @@ class LayOutPass(ir.passes.InPlacePass):
     3. More tokens than the last group has places: the configuration's merge.
     4. Summary tokens, behind the retained and behind the skipped block.
 
-    The features as they were stay in the graph under the name `image_features.raster`; no shape
-    depends on data. Source: Skip-Vision, section "choosing and merging".
+    The features as they were stay in the graph under the name `image_features.raster`, an order that
+    depends on the picture under `image_features.order`; no shape depends on data. Source:
+    Skip-Vision, section "choosing and merging".
 
     Raises PassError where scores cannot be found in the graph.
     """
@@ -115,7 +116,9 @@ class LayOutPass(ir.passes.InPlacePass):
             return cls_attention(t, graph, v, self.vision_layers)
 
         image = GraphImage(features, scores, v)
-        return take_rows(t, features, _order(t, chooser.graph_scores(t, image), groups))
+        chosen = _order(t, chooser.graph_scores(t, image), groups)
+        chosen.name = TOKEN_ORDER
+        return take_rows(t, features, chosen)
 
     def _weights(self, graph: ir.Graph, features: ir.Value) -> dict[str, ir.Value]:
         """The summary's weights as named initializers in the features' type; the matrix as [D, 1]."""

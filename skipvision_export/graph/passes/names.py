@@ -14,6 +14,8 @@ IMAGE_INDEX = "image_index"
 
 # Inside the vision encoder, where tokens are laid out: the features before that.
 RASTER_FEATURES = "image_features.raster"
+# And there the chosen order of the tokens, [N, V] int64, where it depends on the picture.
+TOKEN_ORDER = "image_features.order"
 
 # The project's operator domain and its version.
 DOMAIN = "skipvision"

@@ -1,0 +1,26 @@
+"""A half-precision bundle's graphs in float32, for comparisons that rounding must not blur."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from skipvision_export.bundle import write_graphs
+from skipvision_export.graph.passes.names import DECODE, PREFILL
+from skipvision_export.graph.widen import widen
+from skipvision_export.runtime.pipeline import Bundle
+
+
+def widened(bundle: Bundle, folder: Path) -> Bundle:
+    """Write the bundle's graphs to `folder` with every half type widened to float32.
+
+    What comes back runs graphs; the processor's files stay with the bundle itself. Twice the
+    bundle's bytes on disk.
+    """
+    graphs = {
+        name: widen(ir.load(bundle.folder / info.file)) for name, info in bundle.manifest.graphs.items()
+    }
+    infos = write_graphs(graphs, folder, (PREFILL, DECODE), "decoder.onnx_data")
+    manifest = bundle.manifest.model_copy(update={"dtype": "float32", "graphs": infos})
+    return Bundle(folder, manifest, **bundle.backend_options)
