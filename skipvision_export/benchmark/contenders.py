@@ -127,7 +127,7 @@ class Contenders:
     def ort_all(self, prompt: Prompt) -> Transcript:
         """The bundle with nothing chosen, merged, skipped or dropped."""
         inputs = self._inputs(prompt)
-        features = self.reference.pack(self._raster(inputs.pixel_values), inputs)
+        features = self.rounded.pack(self._raster(inputs.pixel_values), inputs)
         return self._run(self._everything, inputs, features=features)
 
     def real(self, prompt: Prompt) -> Transcript:

@@ -114,7 +114,8 @@ def measure_gaps(
     precision  patched PyTorch in float32 against patched PyTorch wholly in the half type
 
     are limited in signal to noise, by `compare_precision`. Both need the model's own weights, as
-    `reference.source` has them; up to three copies of the model are in memory then.
+    `reference.source` has them; up to three copies of the model are in memory then, and the widened
+    graphs, twice as large as the bundle, in a temporary folder.
 
     gaps: names of those to measure, by default all; what only the others need does not run.
     contenders: those to use instead of the bundle's and the reference's own, for tests.

@@ -84,7 +84,9 @@ def validate(
     failed = {name: gap.failures() for name, gap in report.gaps.items() if gap.failures()}
     if failed:
         reasons = "; ".join(f"{name}: {found[0]}" for name, found in failed.items())
-        raise CheckFailed(f"{bundle} is not equal to {model}: over the limit: {reasons}")
+        raise CheckFailed(
+            f"{bundle} is not equal to {model}: over the limit: {', '.join(failed)} ({reasons})"
+        )
 
 
 def gap_line(gap: Gap) -> str:
