@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,19 @@ def reference(traced: TracedModel) -> TorchReference:
 def finetuned() -> TracedModel:
     """The committed fine-tune, traced."""
     return trace_model(resolve_model(EXAMPLE / "finetuned"))
+
+
+@pytest.fixture(scope="session")
+def example_in(finetuned: TracedModel, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`example_in(dtype)`: a bundle of the committed fine-tune in a type, with its own preset."""
+    folder = tmp_path_factory.mktemp("example")
+
+    @cache
+    def make(dtype: str) -> Path:
+        traced = finetuned if dtype == "float32" else trace_model(finetuned.source, dtype)
+        return traced.write(folder / dtype, SkipVisionConfig.preset("quarter")).folder
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -18,13 +18,10 @@ ENGINES = EXAMPLE.parents[1] / "engines"
 
 
 @pytest.fixture(scope="module")
-def orin(tmp_path_factory):
+def orin(example_in):
     """The example in float16 for Orin, planned on another machine."""
-    from skipvision_export import export
-
-    folder = tmp_path_factory.mktemp("orin") / "bundle"
-    export(EXAMPLE / "finetuned", folder, dtype="float16")
-    return plan(folder, Recipe.load(ENGINES / "recipes" / "orin.toml"), elsewhere=True)
+    recipe = Recipe.load(ENGINES / "recipes" / "orin.toml")
+    return plan(example_in("float16"), recipe, elsewhere=True)
 
 
 def shown(planned):
