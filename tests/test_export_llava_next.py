@@ -11,9 +11,13 @@ from tiny import write_tiny_next
 from skipvision_export import Bundle, SkipVisionConfig
 from skipvision_export.benchmark.parity import Prompt, measure_gaps
 from skipvision_export.cli import run
+from skipvision_export.errors import CompilerError
 from skipvision_export.exporter import trace_model
 from skipvision_export.models.loading import resolve_model
 from skipvision_export.runtime.torch_reference import TorchReference
+from skipvision_export.tensorrt import library
+from skipvision_export.tensorrt.build import build, plan
+from skipvision_export.tensorrt.recipe import Recipe
 
 CONFIG = SkipVisionConfig.counts(64, 40, summaries=True, selector="thumbnail", tiled=True)
 
@@ -71,3 +75,14 @@ def test_what_does_not_fit_is_refused(traced, capsys, tmp_path):
     assert run(["inspect", folder]) == 0
     out = capsys.readouterr().out
     assert "320 visual tokens" in out
+
+
+def test_engines_take_pictures_of_any_number_of_tiles(bundle, tmp_path):
+    planned = plan(bundle.folder, Recipe())
+    pixels = planned.profiles("vision_encoder")[0]["pixel_values"]
+    assert [shape[1] for shape in pixels] == [2, 5, 5]
+    try:
+        library.find("tensorrt-rtx")
+    except CompilerError as error:
+        pytest.skip(f"needs TensorRT-RTX: {error}")
+    assert set(build(bundle.folder, Recipe(), tmp_path / "e").engines) == set(bundle.manifest.graphs)

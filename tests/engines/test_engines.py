@@ -55,6 +55,23 @@ def test_all_graphs_of_the_tiny_vlm_build(example, tmp_path, form):
     assert {e.builder for e in loaded.engines.values()} == {"TensorRT-RTX"}
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        SkipVisionConfig(name="strict", skip_share=0.5, strict=True),
+        SkipVisionConfig(name="policy", layer_shares=(0, 0.5, 0.75), kv_share=0.5),
+        SkipVisionConfig(name="raster", skip_share=0.5, selector="uniform", order="raster"),
+        SkipVisionConfig.counts(0, 64),
+        SkipVisionConfig.counts(10, 10, selector="dart", summaries=True),
+        SkipVisionConfig.dense(),
+    ],
+    ids=lambda config: config.name,
+)
+def test_every_kind_of_configuration_builds(traced, config, tmp_path):
+    made = build(traced.write(tmp_path / "b", config).folder, recipe(), tmp_path / "e")
+    assert made.engines[PREFILL].plugin_layers == 3
+
+
 def test_llava_layers_build(tmp_path):
     """Two layers of LLaVA-1.5-7B's shapes in float16: 405 M parameters, random."""
     import torch

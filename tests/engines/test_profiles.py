@@ -1,7 +1,6 @@
 """Profiles that follow from a recipe and a bundle, and those that a model cannot have."""
 
 import pytest
-from conftest import EXAMPLE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -86,22 +85,3 @@ def test_derived_sizes_always_fit_the_model(manifest, text, new, limit):
 def test_what_a_model_cannot_have(manifest, profile, said):
     with pytest.raises(ConfigError, match=said):
         sizes(ProfileSettings(**profile), manifest, 512)
-
-
-def test_tiled_images_have_several_crops(tmp_path):
-    from tiny import write_tiny_next
-
-    from skipvision_export import export
-    from skipvision_export.tensorrt.build import plan
-    from skipvision_export.tensorrt.recipe import Recipe
-
-    config = SkipVisionConfig.counts(64, 32, selector="thumbnail", tiled=True)
-    export(write_tiny_next(tmp_path / "model"), tmp_path / "b", config)
-    planned = plan(tmp_path / "b", Recipe())
-    pixels = planned.profiles("vision_encoder")[0]["pixel_values"]
-    assert [shape[1] for shape in pixels] == [2, 5, 5]
-
-
-def test_the_example_has_its_own_limit(finetuned):
-    assert finetuned.source.config.get_text_config().max_position_embeddings == 512
-    assert EXAMPLE.is_dir()
