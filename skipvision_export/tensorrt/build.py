@@ -16,6 +16,7 @@ from skipvision_export.errors import CompilerError, ConfigError
 from skipvision_export.models.loading import resolve_model
 from skipvision_export.tensorrt import plugin
 from skipvision_export.tensorrt.compile import Compiled, compile_graph
+from skipvision_export.tensorrt.driver import require_gpu
 from skipvision_export.tensorrt.library import NAMES, Compiler, TensorRT, find
 from skipvision_export.tensorrt.lowering import lower
 from skipvision_export.tensorrt.manifest import (
@@ -115,6 +116,8 @@ def build(
             f"recipe {recipe.name}: builder.version_compatible: {tensorrt.compiler} has no such engines; "
             "leave it out"
         )
+    if tensorrt.compiler.product == "tensorrt":
+        require_gpu()  # it times kernels on the device; without one its builder is a null pointer
     _alive = _prepare_plugin(tensorrt, planned)
     engines: dict[str, EngineInfo] = {}
     with atomic_folder(out, force) as folder:

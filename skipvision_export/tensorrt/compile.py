@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,8 +77,7 @@ def compile_graph(
     if data is None:
         raise CompilerError(_build_error(log.errors, model, origin))
     if cache is not None and timing_cache is not None:
-        timing_cache.parent.mkdir(parents=True, exist_ok=True)
-        timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+        _write_timing_cache(config, timing_cache)
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     return Compiled(
         data,
@@ -119,6 +119,14 @@ def _read_timing_cache(config: Any, file: Path | None) -> Any:
         return None
     cache = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
     return cache if cache is not None and config.set_timing_cache(cache, False) else None
+
+
+def _write_timing_cache(config: Any, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # Whole or not at all: two builds may end at once.
+    scratch = file.with_name(f"{file.name}.{os.getpid()}")
+    scratch.write_bytes(bytes(config.get_timing_cache().serialize()))
+    os.replace(scratch, file)
 
 
 def _logger(trt: Any) -> Any:

@@ -13,8 +13,8 @@ def require_gpu() -> int:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
         raise CompilerError(
-            "no NVIDIA driver here (libcuda.so.1): engines run on a GPU; without one, leave out the "
-            "engines and the bundle runs in ONNX Runtime"
+            "no NVIDIA driver here (libcuda.so.1): TensorRT builds and runs engines on a GPU; without one, "
+            "bundles run in ONNX Runtime, and TensorRT-RTX builds ahead of time"
         ) from None
     count = ctypes.c_int(0)
     for status in (cuda.cuInit(0), cuda.cuDeviceGetCount(ctypes.byref(count))):
