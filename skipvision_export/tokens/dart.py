@@ -34,7 +34,8 @@ class Dart(Selector):
         import torch.nn.functional as F
 
         x = image.features.detach().float()
-        pivots = x.abs().sum(-1).topk(min(PIVOTS, x.shape[1]), dim=1).indices
+        # Not topk: where sizes are equal the lower index must come first.
+        pivots = x.abs().sum(-1).sort(dim=1, descending=True, stable=True).indices[:, :PIVOTS]
         x = F.normalize(x, dim=-1)
         picked = x.gather(1, pivots.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         scores = -(x @ picked.transpose(1, 2)).amax(-1)

@@ -107,6 +107,13 @@ def test_equal_redundancies_go_to_the_lower_index(seed):
     assert gap(config, 3, seed, n=64, zero_rows=[1]) <= LIMIT
 
 
+@pytest.mark.parametrize("zero_rows", [[0, 2], [1, 3], [0, 1, 2, 3]])
+def test_equally_large_pivots_go_to_the_lower_index(zero_rows):
+    """Four pivots of five tokens, two or more of them zero."""
+    config = SkipVisionConfig.counts(1, 1, selector="dart")
+    assert gap(config, 5, zero_rows=zero_rows) <= LIMIT
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     st.lists(st.sampled_from([0, 0.2, 0.5, 0.75, 1]), min_size=1, max_size=5),
