@@ -42,6 +42,8 @@ def main() -> None:
             gaps = report.to_json()["gaps"]
             for gap in gaps.values():
                 gap.pop("outputs", None)
+                if "not_run" in gap:  # names the bundle, in a folder of this machine
+                    gap["not_run"] = gap["not_run"].replace(f"{scratch}/", "")
             types[dtype] = {"gaps": gaps, "accuracy": report.accuracy}
             print(dtype, {name: gap["passed"] for name, gap in gaps.items()})
     result = {"machine": machine(), "model": MODEL.as_posix(), "questions": len(prompts), "types": types}
