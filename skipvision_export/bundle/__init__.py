@@ -8,6 +8,8 @@ from skipvision_export.bundle.manifest import (
     ModelInfo,
     Roles,
     SourceInfo,
+    StrictModel,
+    VersionedModel,
     file_table,
     sha256_of,
 )
@@ -20,6 +22,8 @@ __all__ = [
     "ModelInfo",
     "Roles",
     "SourceInfo",
+    "StrictModel",
+    "VersionedModel",
     "atomic_folder",
     "check_output",
     "check_output_file",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -17,11 +17,40 @@ MANIFEST = "skipvision.json"
 SCHEMA_VERSION = 1
 
 
-class _Strict(BaseModel):
+class StrictModel(BaseModel):
+    """Frozen, and without fields that it does not know."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class TensorInfo(_Strict):
+class VersionedModel(StrictModel):
+    """What a JSON file holds that says its own schema version."""
+
+    @classmethod
+    def read(cls, file: Path, schema_version: int, again: str) -> Self:
+        """Read `file`, which must be of `schema_version`.
+
+        again: how the user gets a new one, such as "export again". Raises BundleError with the file's
+        name for what is truncated, of another version, or altered.
+        """
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise BundleError(f"{file} is truncated or no JSON ({error}); {again}") from None
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != schema_version:
+            raise BundleError(
+                f"{file} has schema version {version}, this version reads {schema_version}; {again}"
+            )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise BundleError(f"{file} is altered: {where}: {first['msg']}; {again}") from None
+
+
+class TensorInfo(StrictModel):
     """One input or output of a graph; dynamic dimensions by name."""
 
     name: str
@@ -29,7 +58,7 @@ class TensorInfo(_Strict):
     shape: list[int | str]
 
 
-class GraphInfo(_Strict):
+class GraphInfo(StrictModel):
     """One ONNX file of the bundle."""
 
     file: str
@@ -37,14 +66,14 @@ class GraphInfo(_Strict):
     outputs: list[TensorInfo]
 
 
-class FileInfo(_Strict):
+class FileInfo(StrictModel):
     """Size in bytes and hash of one file."""
 
     bytes: int
     sha256: str
 
 
-class SourceInfo(_Strict):
+class SourceInfo(StrictModel):
     """The model that was exported; the hash covers its configuration and weights."""
 
     name: str
@@ -53,7 +82,7 @@ class SourceInfo(_Strict):
     sha256: str
 
 
-class Roles(_Strict):
+class Roles(StrictModel):
     """Visual tokens of one image; see TokenLayout, whose runs, tiers and layer_tiers these are."""
 
     retained: int
@@ -64,7 +93,7 @@ class Roles(_Strict):
     layer_tiers: list[int] = Field(default_factory=list)
 
 
-class ModelInfo(_Strict):
+class ModelInfo(StrictModel):
     """Sizes that runtimes and benchmarks need without opening a graph.
 
     visual_tokens are those of one crop where an image is `tiled`, a thumbnail and tiles.
@@ -82,7 +111,7 @@ class ModelInfo(_Strict):
     tiled: bool = False
 
 
-class Manifest(_Strict):
+class Manifest(VersionedModel):
     """The whole manifest; `load` checks its schema version first."""
 
     schema_version: int = SCHEMA_VERSION
@@ -117,21 +146,7 @@ class Manifest(_Strict):
             raise BundleError(f"{folder} is not a folder; expected a bundle that export wrote")
         if not file.is_file():
             raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}")
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise BundleError(f"{file} is truncated or no JSON ({error}); export again") from None
-        version = data.get("schema_version") if isinstance(data, dict) else None
-        if version != SCHEMA_VERSION:
-            raise BundleError(
-                f"{file} has schema version {version}, this version reads {SCHEMA_VERSION}; export again"
-            )
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise BundleError(f"{file} is altered: {where}: {first['msg']}; export again") from None
+        return cls.read(file, SCHEMA_VERSION, "export again")
 
     def verify(self, folder: Path) -> None:
         """Check that every file is there, whole and unaltered; raises BundleError naming it."""

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from skipvision_export.bundle import sha256_of
+from skipvision_export.bundle import StrictModel, VersionedModel, sha256_of
 from skipvision_export.errors import BundleError
 
 ENGINES = "engines.json"
 SCHEMA_VERSION = 1
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class EngineTensor(_Strict):
+class EngineTensor(StrictModel):
     """An input or output; dynamic dimensions are -1."""
 
     name: str
@@ -27,7 +20,7 @@ class EngineTensor(_Strict):
     shape: list[int]
 
 
-class EngineInfo(_Strict):
+class EngineInfo(StrictModel):
     """One engine. profiles: for each, the [min, opt, max] shape of each input; seconds: of the build."""
 
     file: str
@@ -43,7 +36,7 @@ class EngineInfo(_Strict):
     profiles: list[dict[str, list[list[int]]]]
 
 
-class BundleRef(_Strict):
+class BundleRef(StrictModel):
     """The bundle that engines were built from; the hash is that of its manifest, which has all others."""
 
     name: str
@@ -52,7 +45,7 @@ class BundleRef(_Strict):
     dtype: str
 
 
-class EnginesManifest(_Strict):
+class EnginesManifest(VersionedModel):
     """The whole manifest. route: how the compiler was found; recipe: as it was read."""
 
     schema_version: int = SCHEMA_VERSION
@@ -69,21 +62,7 @@ class EnginesManifest(_Strict):
         file = folder / ENGINES
         if not file.is_file():
             raise BundleError(f"{folder} holds no engines: it has no {ENGINES}; run `skipvision build`")
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise BundleError(f"{file} is truncated or no JSON ({error}); build again") from None
-        version = data.get("schema_version") if isinstance(data, dict) else None
-        if version != SCHEMA_VERSION:
-            raise BundleError(
-                f"{file} has schema version {version}, this version reads {SCHEMA_VERSION}; build again"
-            )
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise BundleError(f"{file} is altered: {where}: {first['msg']}; build again") from None
+        return cls.read(file, SCHEMA_VERSION, "build again")
 
     def verify(self, folder: Path) -> None:
         """Check that every engine is there and unaltered; raises BundleError naming it."""

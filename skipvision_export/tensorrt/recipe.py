@@ -6,14 +6,11 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
+from skipvision_export.bundle import StrictModel
 from skipvision_export.errors import ConfigError
 from skipvision_export.tensorrt.library import Product
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def _ascending(sizes: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -26,7 +23,7 @@ def _ascending(sizes: tuple[int, int, int]) -> tuple[int, int, int]:
 Range = Annotated[tuple[int, int, int], AfterValidator(_ascending)]
 
 
-class BuilderSettings(_Strict):
+class BuilderSettings(StrictModel):
     """The compiler and its options. version: the oldest that may build, such as "10.14"."""
 
     product: Product | None = None
@@ -39,7 +36,7 @@ class BuilderSettings(_Strict):
     timing_cache: bool = True
 
 
-class PluginSettings(_Strict):
+class PluginSettings(StrictModel):
     """Whether KVPrune becomes a plugin layer.
 
     "auto": where --plugin names a library; "library": it must; "declared": without one, for a library
@@ -50,7 +47,7 @@ class PluginSettings(_Strict):
     serialize: bool = False
 
 
-class ProfileSettings(_Strict):
+class ProfileSettings(StrictModel):
     """One optimization profile, in [min, opt, max]; what is None follows from the bundle."""
 
     batch: Range = (1, 1, 1)
@@ -62,7 +59,7 @@ class ProfileSettings(_Strict):
     cache: Range | None = None
 
 
-class Recipe(_Strict):
+class Recipe(StrictModel):
     """A target's recipe; `load` reads one."""
 
     name: str = ""
