@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-_HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+from skipvision_export.graph.passes.matching import HALF_TYPES
+
 # Attributes of standard operators whose integer names a type.
 _TYPE_ATTRIBUTES = frozenset(
     {"to", "dtype", "output_dtype", "output_datatype", "stash_type", "softmax_precision"}
@@ -48,7 +49,7 @@ def half_types(model: ir.Model) -> list[str]:
     for graph in _graphs(model):
         for value in _values(graph):
             tensor = value.const_value
-            if _is_half(value) or (tensor is not None and tensor.dtype in _HALF):
+            if _is_half(value) or (tensor is not None and tensor.dtype in HALF_TYPES):
                 found.append(str(value.name))
         for node in graph:
             if any(_wide_attribute(node, attribute) is not None for attribute in node.attributes.values()):
@@ -58,22 +59,9 @@ def half_types(model: ir.Model) -> list[str]:
 
 def _graphs(model: ir.Model) -> Iterator[ir.Graph]:
     """The graph, the bodies of functions, and the graphs inside their nodes."""
-    yield from _with_inner(model.graph)
-    for function in model.functions.values():
-        yield from _with_inner(function.graph)
-
-
-def _with_inner(graph: ir.Graph) -> Iterator[ir.Graph]:
-    yield graph
-    for node in graph:
-        for attribute in node.attributes.values():
-            if attribute.is_ref():
-                continue
-            if attribute.type == ir.AttributeType.GRAPH:
-                yield from _with_inner(attribute.as_graph())
-            elif attribute.type == ir.AttributeType.GRAPHS:
-                for inner in attribute.as_graphs():
-                    yield from _with_inner(inner)
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        yield graph
+        yield from graph.subgraphs()
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:
@@ -84,12 +72,12 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
 
 
 def _is_half(value: ir.Value) -> bool:
-    return value.type is not None and value.dtype in _HALF
+    return value.type is not None and value.dtype in HALF_TYPES
 
 
 def _wide(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     """The tensor itself unless it is of a half type."""
-    if tensor.dtype not in _HALF:
+    if tensor.dtype not in HALF_TYPES:
         return tensor
     return ir.tensor(np.asarray(tensor.numpy()).astype(np.float32), name=tensor.name)
 
@@ -99,11 +87,11 @@ def _wide_attribute(node: ir.Node, attribute: ir.Attr) -> ir.Attr | None:
     if attribute.is_ref():
         return None
     name, kind = attribute.name, attribute.type
-    if kind == ir.AttributeType.TENSOR and attribute.as_tensor().dtype in _HALF:
+    if kind == ir.AttributeType.TENSOR and attribute.as_tensor().dtype in HALF_TYPES:
         return ir.AttrTensor(name, _wide(attribute.as_tensor()))
-    if kind == ir.AttributeType.TENSORS and any(t.dtype in _HALF for t in attribute.as_tensors()):
+    if kind == ir.AttributeType.TENSORS and any(t.dtype in HALF_TYPES for t in attribute.as_tensors()):
         return ir.AttrTensors(name, [_wide(t) for t in attribute.as_tensors()])
     names_type = kind == ir.AttributeType.INT and node.domain == "" and name in _TYPE_ATTRIBUTES
-    if names_type and attribute.as_int() in _HALF:
+    if names_type and attribute.as_int() in HALF_TYPES:
         return ir.AttrInt64(name, ir.DataType.FLOAT)
     return None

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
 import onnx_ir as ir
 
-_HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+from skipvision_export.graph.passes.matching import HALF_TYPES, constant_ints, made_by
 
 
 class HalfRotaryPass(ir.passes.InPlacePass):
@@ -73,7 +70,7 @@ def _tables(
 
 def _match(add: ir.Node) -> tuple[ir.Value, ir.Value] | None:
     """x and the angles of a rotation that ends in `add`."""
-    products = [_made_by(value, "Mul") for value in add.inputs] if add.op_type == "Add" else []
+    products = [made_by(value, "Mul") for value in add.inputs] if add.op_type == "Add" else []
     if len(products) != 2:
         return None
     for plain, turned in (products, products[::-1]):
@@ -91,14 +88,14 @@ def _match(add: ir.Node) -> tuple[ir.Value, ir.Value] | None:
 
 def _angles(value: ir.Value | None, kind: str) -> ir.Value | None:
     """The angles whose cosine or sine, doubled and cast to a half type, `value` holds."""
-    unsqueeze = _made_by(value, "Unsqueeze")
-    if unsqueeze is None or _ints(unsqueeze.inputs[1]) != [1]:
+    unsqueeze = made_by(value, "Unsqueeze")
+    if unsqueeze is None or constant_ints(unsqueeze.inputs[1]) != [1]:
         return None
-    cast = _made_by(unsqueeze.inputs[0], "Cast")
-    if cast is None or cast.attributes.get_int("to", 0) not in _HALF:
+    cast = made_by(unsqueeze.inputs[0], "Cast")
+    if cast is None or cast.attributes.get_int("to", 0) not in HALF_TYPES:
         return None
-    wave = _made_by(cast.inputs[0], kind)
-    double = _made_by(wave.inputs[0], "Concat") if wave is not None else None
+    wave = made_by(cast.inputs[0], kind)
+    double = made_by(wave.inputs[0], "Concat") if wave is not None else None
     if double is None or double.attributes.get_int("axis", 0) != -1:
         return None
     same = len(double.inputs) == 2 and double.inputs[0] is double.inputs[1]
@@ -107,17 +104,17 @@ def _angles(value: ir.Value | None, kind: str) -> ir.Value | None:
 
 def _turned(value: ir.Value | None, x: ir.Value) -> bool:
     """Is `value` Concat(-second half of x, first half of x), x [B, H, S, Dh] of static H and Dh?"""
-    if x.dtype not in _HALF or x.shape is None or len(x.shape) != 4:
+    if x.dtype not in HALF_TYPES or x.shape is None or len(x.shape) != 4:
         return False
     heads, size = x.shape[1], x.shape[3]
     if not isinstance(heads, int) or not isinstance(size, int):
         return False
-    join = _made_by(value, "Concat")
+    join = made_by(value, "Concat")
     if join is None or len(join.inputs) != 2 or join.attributes.get_int("axis", 0) not in (-1, 3):
         return False
-    negative = _made_by(join.inputs[0], "Neg")
-    second = _made_by(negative.inputs[0], "Slice") if negative is not None else None
-    first = _made_by(join.inputs[1], "Slice")
+    negative = made_by(join.inputs[0], "Neg")
+    second = made_by(negative.inputs[0], "Slice") if negative is not None else None
+    first = made_by(join.inputs[1], "Slice")
     return _cut(first, x, 0, size // 2, size) and _cut(second, x, size // 2, size, size)
 
 
@@ -125,7 +122,7 @@ def _cut(node: ir.Node | None, x: ir.Value, start: int, end: int, size: int) -> 
     """Is it x[..., start:end]?"""
     if node is None or node.inputs[0] is not x:
         return False
-    starts, ends, axes, *steps = (_ints(value) for value in node.inputs[1:])
+    starts, ends, axes, *steps = (constant_ints(value) for value in node.inputs[1:])
     if any(step != [1] for step in steps) or axes not in ([3], [-1]) or starts != [start]:
         return False
     return ends is not None and min(ends[0], size) == end
@@ -136,14 +133,3 @@ def _half_wide(angles: ir.Value, x: ir.Value) -> bool:
     size = angles.shape[-1] if angles.shape is not None else None
     assert x.shape is not None
     return not isinstance(size, int) or 2 * size == x.shape[3]
-
-
-def _made_by(value: ir.Value | None, kind: str) -> ir.Node | None:
-    producer = value.producer() if value is not None else None
-    return producer if producer is not None and producer.op_type == kind else None
-
-
-def _ints(value: ir.Value | None) -> Sequence[int] | None:
-    """A constant's integers, flat."""
-    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    return None if tensor is None else np.asarray(tensor.numpy()).reshape(-1).tolist()

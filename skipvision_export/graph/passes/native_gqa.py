@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from skipvision_export.graph.passes.matching import constant_ints, made_by
+
 
 class NativeGQAPass(ir.passes.InPlacePass):
     """Take K and V of grouped-query attention as they are, without repeating their heads.
@@ -33,13 +35,8 @@ class NativeGQAPass(ir.passes.InPlacePass):
 def _repeated(value: ir.Value | None) -> ir.Value | None:
     """The [B, Hkv, S, Dh] value that was repeated along a new axis 2 and flattened, if it was."""
     for kind in ("Reshape", "Expand", "Unsqueeze"):
-        producer = value.producer() if value is not None else None
-        if producer is None or producer.op_type != kind:
+        producer = made_by(value, kind)
+        if producer is None or (kind == "Unsqueeze" and constant_ints(producer.inputs[1]) != [2]):
             return None
         value = producer.inputs[0]
-        if kind == "Unsqueeze":
-            assert producer.inputs[1] is not None
-            axes = ir.convenience.get_const_tensor(producer.inputs[1])
-            if axes is None or axes.numpy().reshape(-1).tolist() != [2]:
-                return None
     return value

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 import onnx_ir as ir
 
 from skipvision_export.errors import PassError
+from skipvision_export.graph.passes.matching import constant_ints
 
 RANK = 3
 
@@ -141,7 +142,7 @@ def _constant_shape(value: ir.Value) -> list[int]:
 
 
 def _constant(value: ir.Value) -> list[int]:
-    tensor = ir.convenience.get_const_tensor(value)
-    if tensor is None:
+    found = constant_ints(value)
+    if found is None:
         raise _NotRowwiseError(f"takes {value.name}, which is no constant")
-    return [int(x) for x in tensor.numpy().reshape(-1)]
+    return found
