@@ -90,8 +90,8 @@ class TrtRunner:
         self.manifest = EnginesManifest.load(self.folder)
         if self.manifest.bundle.sha256 != sha256_of(bundle / MANIFEST):
             raise BundleError(f"{engines} was built from another bundle than {bundle}; build it again")
+        require_gpu()  # before every byte of the engines is read
         self.manifest.verify(self.folder)
-        require_gpu()
         self._library = library
         self._engines: dict[str, _Engine] = {}
 

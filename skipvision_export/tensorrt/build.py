@@ -81,8 +81,8 @@ def _form(recipe: Recipe, library: Path | None, elsewhere: bool) -> KVPruneForm:
     if library is not None:
         if wanted in ("none", "declared"):
             raise ConfigError(f'recipe {recipe.name} says kv_prune = "{wanted}"; leave out --plugin')
-        if not (elsewhere or library.is_file()):
-            raise CompilerError(f"plugin library {library} does not exist; build it from plugins/kv_prune")
+        if not elsewhere:
+            plugin.require_library(library)
         return "library"
     if wanted == "library":
         raise CompilerError(

@@ -22,8 +22,7 @@ def load_library(trt: Any, file: Path) -> None:
 
     Raises CompilerError for a missing library, one that cannot be loaded, or one of another version.
     """
-    if not file.is_file():
-        raise CompilerError(f"plugin library {file} does not exist; build it from plugins/kv_prune")
+    require_library(file)
     try:
         library = ctypes.CDLL(str(file.resolve()))
         get_version = library.skipvision_kv_prune_version
@@ -42,6 +41,12 @@ def load_library(trt: Any, file: Path) -> None:
     registry.load_library(str(file.resolve()))
     if not is_registered(trt):
         raise CompilerError(f"TensorRT did not take {NAME} from {file}; build it for this TensorRT's headers")
+
+
+def require_library(file: Path) -> None:
+    """Raise CompilerError where there is no such file."""
+    if not file.is_file():
+        raise CompilerError(f"plugin library {file} does not exist; build it from plugins/kv_prune")
 
 
 def is_registered(trt: Any) -> bool:
