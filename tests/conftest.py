@@ -16,10 +16,12 @@ from questions import write_questions
 from tiny import write_tiny
 
 from skipvision_export.config import SkipVisionConfig
+from skipvision_export.errors import CompilerError
 from skipvision_export.exporter import TracedModel, trace_model
 from skipvision_export.models.loading import resolve_model
 from skipvision_export.runtime.pipeline import Bundle
 from skipvision_export.runtime.torch_reference import TorchReference
+from skipvision_export.tensorrt.library import TensorRT, find
 from skipvision_export.training.run import Plan, plan
 from skipvision_export.training.settings import FinetuneSettings
 
@@ -81,6 +83,15 @@ def example_in(finetuned: TracedModel, tmp_path_factory: pytest.TempPathFactory)
         return traced.write(folder / dtype, SkipVisionConfig.preset("quarter")).folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def rtx() -> TensorRT:
+    """NVIDIA's compiler that needs no GPU; what asks for it is skipped without it."""
+    try:
+        return find("tensorrt-rtx")
+    except CompilerError as error:
+        pytest.skip(f"needs TensorRT-RTX: {error}")
 
 
 @pytest.fixture(scope="session")

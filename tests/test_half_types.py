@@ -8,10 +8,11 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from damage import leave_as_it_is, twin
 from PIL import Image
 from tiny import tiny_model
 
-from skipvision_export import Bundle, SkipVisionConfig
+from skipvision_export import SkipVisionConfig
 from skipvision_export.benchmark.contenders import Contenders
 from skipvision_export.benchmark.parity import measure_gaps, synthetic_prompts
 from skipvision_export.cli import run
@@ -87,19 +88,6 @@ def test_no_graph_lost_its_rotary_embedding(name, halves, traced):
 
 
 # -- broken twins ------------------------------------------------------------------------------------
-
-
-def twin(bundle, tmp_path, damage, graph="decoder_prefill"):
-    folder = shutil.copytree(bundle.folder, tmp_path / damage.__name__)
-    file = folder / "onnx" / f"{graph}.onnx"
-    model = ir.load(file)
-    damage(model.graph)
-    ir.save(model, file)
-    return Bundle.load(folder, verify=False)
-
-
-def leave_as_it_is(graph):
-    """Not broken."""
 
 
 def matrix(graph, kind="MatMul", at=-3):

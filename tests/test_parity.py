@@ -1,14 +1,14 @@
 """The trained checkpoints: exported graphs against PyTorch on held-out questions, and broken twins."""
 
-import shutil
 from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 from conftest import EXAMPLE
+from damage import leave_as_it_is, twin
 
-from skipvision_export import Bundle, SkipVisionConfig
+from skipvision_export import SkipVisionConfig
 from skipvision_export.benchmark.accuracy import BundleAnswerer, evaluate, shuffled
 from skipvision_export.benchmark.parity import measure_gaps, prompts_from
 from skipvision_export.method import saved_config
@@ -122,15 +122,6 @@ def drop_a_scatter(graph):
     ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
 
 
-def broken(skip, tmp_path, damage):
-    folder = shutil.copytree(skip.folder, tmp_path / "twin")
-    file = folder / "onnx" / "decoder_prefill.onnx"
-    model = ir.load(file)
-    damage(model.graph)
-    ir.save(model, file)
-    return Bundle.load(folder, verify=False).generator
-
-
 class RestartedPositions(Generator):
     """Decode counts on from the length of the cache."""
 
@@ -155,7 +146,7 @@ def caught(skip, generator, report, samples):
 
 @pytest.mark.parametrize("damage", [shift_ffn_index, leave_a_layer_unpruned, drop_a_scatter])
 def test_broken_graphs_are_caught(skip, report, samples, tmp_path, damage):
-    assert caught(skip, broken(skip, tmp_path, damage), report, samples)
+    assert caught(skip, twin(skip, tmp_path, damage).generator, report, samples)
 
 
 def test_restarted_positions_are_caught(skip, report, samples):
@@ -163,7 +154,7 @@ def test_restarted_positions_are_caught(skip, report, samples):
 
 
 def test_an_unbroken_twin_is_not_caught(skip, report, samples, tmp_path):
-    assert not caught(skip, broken(skip, tmp_path, lambda graph: None), report, samples)
+    assert not caught(skip, twin(skip, tmp_path, leave_as_it_is).generator, report, samples)
 
 
 # -- the checkpoint itself ---------------------------------------------------------------------------

@@ -1,12 +1,11 @@
 """Every kind of configuration on the random model: rewritten ONNX against patched PyTorch."""
 
-import shutil
-
 import numpy as np
 import onnx_ir as ir
 import pytest
+from damage import leave_as_it_is, twin
 
-from skipvision_export import Bundle, SkipVisionConfig
+from skipvision_export import SkipVisionConfig
 from skipvision_export.benchmark.parity import measure_gaps, synthetic_prompts
 from skipvision_export.bundle import Manifest
 from skipvision_export.graph.passes.names import RASTER_FEATURES
@@ -111,7 +110,7 @@ def test_the_export_gap_sees_the_vision_encoder_of_a_merged_layout(bundles, refe
         bias = next(v for v in add.inputs if v.is_initializer())
         bias.const_value = ir.tensor(bias.const_value.numpy() + np.float32(0.02), name=bias.name)
 
-    broken = twin(bundles("quarter"), tmp_path, "vision_encoder", shift_a_bias)
+    broken = twin(bundles("quarter"), tmp_path, shift_a_bias, "vision_encoder")
     report = measure_gaps(broken, reference, synthetic_prompts(1, 96), max_new_tokens=1, gaps=["export"])
     assert not report.gaps["export"].passed
 
@@ -130,19 +129,6 @@ def test_the_manifest_gives_the_layout_back(name, bundles, traced):
 
 
 # -- broken twins ------------------------------------------------------------------------------------
-
-
-def twin(bundle, tmp_path, graph, damage):
-    folder = shutil.copytree(bundle.folder, tmp_path / damage.__name__)
-    file = folder / "onnx" / f"{graph}.onnx"
-    model = ir.load(file)
-    damage(model.graph)
-    ir.save(model, file)
-    return Bundle.load(folder, verify=False)
-
-
-def leave_as_it_is(graph):
-    """Not broken."""
 
 
 def lose_the_strict_mask(graph):
@@ -174,7 +160,7 @@ def forget_the_training(graph):
     ],
 )
 def test_broken_graphs_are_caught(name, graph, damage, bundles, reference, tmp_path):
-    assert gap(twin(bundles(name), tmp_path, graph, leave_as_it_is), reference, 1).passed
-    found = gap(twin(bundles(name), tmp_path, graph, damage), reference, 1)
+    assert gap(twin(bundles(name), tmp_path, leave_as_it_is, graph), reference, 1).passed
+    found = gap(twin(bundles(name), tmp_path, damage, graph), reference, 1)
     assert not found.passed
     assert found.overall.max_abs > 100 * LIMIT

@@ -7,8 +7,6 @@ import pytest
 from conftest import EXAMPLE
 
 from skipvision_export.cli import run
-from skipvision_export.errors import CompilerError
-from skipvision_export.tensorrt import library
 
 RECIPES = EXAMPLE.parents[1] / "engines" / "recipes"
 
@@ -20,11 +18,7 @@ def refused(capsys, *args):
     return lines[0]
 
 
-def test_build(bundle_folder, tmp_path, capsys):
-    try:
-        library.find("tensorrt-rtx")
-    except CompilerError as error:
-        pytest.skip(f"needs TensorRT-RTX: {error}")
+def test_build(rtx, bundle_folder, tmp_path, capsys):
     recipe = tmp_path / "mine.toml"
     recipe.write_text('[plugin]\nkv_prune = "declared"\n')
     out, result = tmp_path / "engines", tmp_path / "r.json"
@@ -83,11 +77,7 @@ def test_mistakes(bundle_folder, tmp_path, capsys, recipe, options, said):
     assert not out.exists()
 
 
-def test_a_library_that_is_no_plugin(bundle_folder, tmp_path, capsys):
-    try:
-        library.find("tensorrt-rtx")
-    except CompilerError as error:
-        pytest.skip(f"needs TensorRT-RTX: {error}")
+def test_a_library_that_is_no_plugin(rtx, bundle_folder, tmp_path, capsys):
     file = tmp_path / "other.so"
     file.write_bytes(b"no library")
     said = refused(

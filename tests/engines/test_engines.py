@@ -20,10 +20,7 @@ from skipvision_export.tensorrt.compile import compile_graph
 from skipvision_export.tensorrt.manifest import ENGINES, EnginesManifest
 from skipvision_export.tensorrt.recipe import BuilderSettings, PluginSettings, Recipe
 
-try:
-    TENSORRT = library.find("tensorrt-rtx")
-except CompilerError as error:
-    pytest.skip(f"needs TensorRT-RTX: {error}", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("rtx")
 
 GRAPHS = {"vision_encoder", "embed_tokens", "decoder_prefill", "decoder_decode"}
 
@@ -39,7 +36,7 @@ def example(request, example_in):
 
 
 @pytest.mark.parametrize("form", ["declared", "none"])
-def test_all_graphs_of_the_tiny_vlm_build(example, tmp_path, form):
+def test_all_graphs_of_the_tiny_vlm_build(rtx, example, tmp_path, form):
     made = build(example, recipe(form), tmp_path / "e")
     assert set(made.engines) == GRAPHS
     layers = {name: engine.plugin_layers for name, engine in made.engines.items()}
@@ -51,7 +48,7 @@ def test_all_graphs_of_the_tiny_vlm_build(example, tmp_path, form):
     loaded = EnginesManifest.load(tmp_path / "e")
     loaded.verify(tmp_path / "e")
     assert loaded == made
-    assert (loaded.bundle.dtype, loaded.route) == (example.name, TENSORRT.route)
+    assert (loaded.bundle.dtype, loaded.route) == (example.name, rtx.route)
     assert {e.builder for e in loaded.engines.values()} == {"TensorRT-RTX"}
 
 
@@ -102,7 +99,7 @@ def test_without_permission_to_take_it_apart_attention_is_refused(example_in, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_an_operator_that_the_parser_lacks_is_named(tmp_path):
+def test_an_operator_that_the_parser_lacks_is_named(rtx, tmp_path):
     model = onnx.parser.parse_model(
         '<ir_version: 10, opset_import: ["" : 23]> g (float[n, 4] x, bool[n] c) => (float[m, 4] y)'
         "{ y = Compress<axis=0>(x, c) }"
@@ -110,16 +107,16 @@ def test_an_operator_that_the_parser_lacks_is_named(tmp_path):
     model.graph.node[0].name = "Compress_7"
     shapes = {"x": ((1, 4),) * 3, "c": ((1,),) * 3}
     with pytest.raises(CompilerError, match=r"g\.onnx: node Compress_7 \(Compress\): "):
-        compile_graph(TENSORRT, model, tmp_path / "g.onnx", [shapes], BuilderSettings())
+        compile_graph(rtx, model, tmp_path / "g.onnx", [shapes], BuilderSettings())
 
 
-def test_a_profile_that_contradicts_the_graph(tmp_path):
+def test_a_profile_that_contradicts_the_graph(rtx, tmp_path):
     model = onnx.parser.parse_model(
         '<ir_version: 10, opset_import: ["" : 23]> g (float[n, 4] x) => (float[n, 4] y) { y = Relu(x) }'
     )
     shapes = {"x": ((1, 5),) * 3}
     with pytest.raises(CompilerError, match=r"g\.onnx"):
-        compile_graph(TENSORRT, model, tmp_path / "g.onnx", [shapes], BuilderSettings())
+        compile_graph(rtx, model, tmp_path / "g.onnx", [shapes], BuilderSettings())
 
 
 def test_a_plugin_layer_that_is_missing_is_noticed(example_in, tmp_path, monkeypatch):

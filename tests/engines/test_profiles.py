@@ -1,5 +1,6 @@
 """Profiles that follow from a recipe and a bundle, and those that a model cannot have."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,8 +22,6 @@ def test_sizes_are_those_of_the_generation_loop(manifest):
     """What the optimum is made for is what a picture with as much text really feeds."""
     found = sizes(ProfileSettings(text=(1, 20, 40)), manifest, 512)
     image = manifest.model.image_token_id
-    import numpy as np
-
     ids = np.array([[image] * manifest.layout.total + [9] * 20])
     rows, keep = prefill_indices(ids, image, manifest.layout)
     assert found.prompt[1] == ids.shape[1]

@@ -9,7 +9,6 @@ from skipvision_export.bundle import Manifest
 from skipvision_export.errors import BundleError, CompilerError, InputError
 from skipvision_export.runtime.pipeline import Bundle
 from skipvision_export.runtime.trt import TrtRunner, capacity, choose_profile, numpy_type
-from skipvision_export.tensorrt import library
 from skipvision_export.tensorrt.build import build
 from skipvision_export.tensorrt.driver import require_gpu
 from skipvision_export.tensorrt.manifest import EngineInfo
@@ -60,11 +59,7 @@ def test_types_of_engines_have_numpy_types():
 
 
 @pytest.fixture(scope="module")
-def engines(bundle_folder, tmp_path_factory):
-    try:
-        library.find("tensorrt-rtx")
-    except CompilerError as error:
-        pytest.skip(f"needs TensorRT-RTX: {error}")
+def engines(rtx, bundle_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("engines") / "e"
     profile = ProfileSettings(text=(1, 20, 40), new_tokens=20)
     build(bundle_folder, Recipe(name="test", profiles=(profile,)), out)

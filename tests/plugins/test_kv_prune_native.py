@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from skipvision_export.errors import CompilerError
-from skipvision_export.tensorrt import library, plugin
+from skipvision_export.tensorrt import plugin
 from skipvision_export.tensorrt.manifest import EnginesManifest
 
 SOURCE = Path(__file__).parents[2] / "plugins" / "kv_prune"
@@ -159,11 +158,7 @@ def test_plugin(plugin_build):
 
 
 @pytest.mark.parametrize("serialize", [False, True])
-def test_a_real_compiler_takes_the_plugin(plugin_build, bundle_folder, tmp_path, serialize):
-    try:
-        library.find("tensorrt-rtx")
-    except CompilerError as error:
-        pytest.skip(f"needs TensorRT-RTX: {error}")
+def test_a_real_compiler_takes_the_plugin(rtx, plugin_build, bundle_folder, tmp_path, serialize):
     file = plugin_build / "libskipvision_kv_prune.so"
     # In a process of its own: once a plugin is registered, it stays.
     recipe = tmp_path / "recipe.toml"
