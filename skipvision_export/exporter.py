@@ -64,9 +64,11 @@ class TracedModel:
             layout=layout,
             summary=_summary_weights(self.source) if layout.summaries else {},
         )
-        graphs = rewrite(self.trace, context).graphs
+        rewritten = rewrite(self.trace, context)
         with atomic_folder(out, force) as folder:
-            infos = write_graphs(graphs, folder, (PREFILL, DECODE), "decoder.onnx_data")
+            models = rewritten.graphs | rewritten.variants
+            shared = (PREFILL, DECODE, *rewritten.variants)
+            infos = write_graphs(models, folder, shared, "decoder.onnx_data")
             copy_companions(self.source.folder, folder)
             manifest = Manifest(
                 source=SourceInfo(
@@ -93,7 +95,8 @@ class TracedModel:
                 ),
                 dtype=self.dtype,
                 opset=OPSET,
-                graphs=infos,
+                graphs={name: infos[name] for name in rewritten.graphs},
+                variants={name: infos[name] for name in rewritten.variants},
                 tools={tool: version(tool) for tool in _TOOLS},
                 files=file_table(folder),
             )

@@ -125,9 +125,8 @@ def drop_a_scatter(graph):
 class RestartedPositions(Generator):
     """Decode counts on from the length of the cache."""
 
-    def decode(self, token, position, past):
-        cached = self.backend.shape(past["present.0.key"])[2]
-        return super().decode(token, cached, past)
+    def decode(self, token, position, cache):
+        return super().decode(token, cache.length, cache)
 
 
 def caught(skip, generator, report, samples):

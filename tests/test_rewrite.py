@@ -134,8 +134,8 @@ def test_the_manifest_gives_the_layout_back(name, bundles, traced):
 def lose_the_strict_mask(graph):
     """Attention reads the mask as it was."""
     for node in graph:
-        if node.op_type == "Attention":
-            node.replace_input_with(3, node.inputs[3].producer().inputs[0])
+        if node.op_type == "And" and node.inputs[1].producer().op_type == "Or":
+            node.outputs[0].replace_all_uses_with(node.inputs[0])
 
 
 def swap_the_tiers(graph):

@@ -31,20 +31,31 @@ def prefill_cost(
     """By formula, for `text_tokens` and the visual tokens of one image.
 
     Every token goes through q, k, v and o and attends to the whole sequence; text and the tokens that
-    the layout names go through a layer's FFN and stay in the cache; the head reads the last position.
+    the layout names go through a layer's FFN and stay in the cache. Of the last layer, all but the last
+    position need K and V alone (see LastLayerPass); the head reads that position.
     """
+    head = 2 * dims.hidden_size * dims.vocab_size
+    return PrefillCost(
+        prefill_flops=layers_flops(dims, layout, text_tokens, last_only=True) + head,
+        kv_bytes=kv_bytes(dims, text_tokens + layout.kept_kv, dtype),
+    )
+
+
+def layers_flops(dims: DecoderDims, layout: TokenLayout, text_tokens: int, *, last_only: bool) -> int:
+    """Operations of the decoder's layers; last_only: of the last layer one position is read."""
     length = text_tokens + layout.total
     d, q = dims.hidden_size, dims.num_heads * dims.head_dim
     kv = dims.num_kv_heads * dims.head_dim
-    projections = 2 * length * d * (q + 2 * kv) + 2 * length * q * d
-    attention = 2 * 2 * length * length * q
-    rows = sum(text_tokens + layout.ffn_tokens(layer) for layer in range(dims.num_layers))
-    ffn = 3 * 2 * rows * d * dims.intermediate_size
-    head = 2 * d * dims.vocab_size
-    return PrefillCost(
-        prefill_flops=dims.num_layers * (projections + attention) + ffn + head,
-        kv_bytes=kv_bytes(dims, text_tokens + layout.kept_kv, dtype),
-    )
+    total = 0
+    for layer in range(dims.num_layers):
+        queries, rows = length, text_tokens + layout.ffn_tokens(layer)
+        if last_only and layer == dims.num_layers - 1:
+            queries = rows = 1
+        total += 2 * length * d * 2 * kv  # k and v
+        total += 2 * queries * 2 * d * q  # q and o
+        total += 2 * 2 * queries * length * q
+        total += 3 * 2 * rows * d * dims.intermediate_size
+    return total
 
 
 def visual_flops_share(dims: DecoderDims, layout: TokenLayout, visual_tokens: int) -> float:

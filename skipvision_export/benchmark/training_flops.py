@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from skipvision_export.benchmark.flops import prefill_cost
+from skipvision_export.benchmark.flops import layers_flops
 from skipvision_export.config import SkipVisionConfig
 from skipvision_export.layout import TokenLayout
 from skipvision_export.models import DecoderDims, VisionDims
@@ -44,12 +44,12 @@ def training_cost(
 
     Backward costs twice the forward: gradients of inputs and of weights. The vision tower is frozen,
     forward only; the projector's first layer needs no gradient of its input. Attention counts the
-    whole square of the sequence, as `prefill_cost` does, and the head the answers only. With gradient
+    whole square of the sequence, as `layers_flops` does, and the head the answers only. With gradient
     checkpointing the decoder's layers run forward once more.
     """
     head = 2 * dims.hidden_size * dims.vocab_size
     many = TokenLayout(layout.runs * images, layout.tiers * images, layout.layer_tiers)
-    forward = prefill_cost(dims, many, text_tokens).prefill_flops - head
+    forward = layers_flops(dims, many, text_tokens, last_only=False)
     v, p = vision.hidden_size, vision.projector_hidden
     first, second = (2 * images * visual_tokens * v * p, 2 * images * visual_tokens * p * p)
     return TrainingCost(

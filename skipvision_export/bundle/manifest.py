@@ -112,7 +112,10 @@ class ModelInfo(StrictModel):
 
 
 class Manifest(VersionedModel):
-    """The whole manifest; `load` checks its schema version first."""
+    """The whole manifest; `load` checks its schema version first.
+
+    variants: forms of a graph for one runtime, by `GRAPH.RUNTIME`; each gives what the graph gives.
+    """
 
     schema_version: int = SCHEMA_VERSION
     source: SourceInfo
@@ -123,6 +126,7 @@ class Manifest(VersionedModel):
     dtype: str
     opset: int
     graphs: dict[str, GraphInfo]
+    variants: dict[str, GraphInfo] = Field(default_factory=dict)
     tools: dict[str, str]
     files: dict[str, FileInfo] = Field(default_factory=dict)
 

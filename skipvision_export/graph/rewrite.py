@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from skipvision_export.graph.clean import clear_inferred_types, unique_node_names
-from skipvision_export.graph.passes import PassContext, passes_for
+from skipvision_export.graph.passes import PassContext, passes_for, variants_for
 from skipvision_export.graph.trace import Trace
 
 
-def rewrite(trace: Trace, context: PassContext) -> Trace:
+@dataclass
+class Rewritten:
+    """The graphs of a bundle by name, and forms of them for one runtime by `NAME.RUNTIME`."""
+
+    graphs: dict[str, ir.Model]
+    variants: dict[str, ir.Model] = field(default_factory=dict)
+
+
+def rewrite(trace: Trace, context: PassContext) -> Rewritten:
     """Run the passes of every graph on a copy of the trace.
 
     Raises PassError where a pass refuses a graph.
     """
-    result = trace.clone()
+    result = Rewritten(trace.clone().graphs)
     for name, model in result.graphs.items():
         for each in passes_for(name, context):
             each(model)
+        for runtime, passes in variants_for(name).items():
+            variant = model.clone()
+            if all([each(variant).modified for each in passes]):
+                result.variants[f"{name}.{runtime}"] = variant
+    for model in (*result.graphs.values(), *result.variants.values()):
         common.RemoveUnusedNodesPass()(model)
         clear_inferred_types(model)
         unique_node_names(model)

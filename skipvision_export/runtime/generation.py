@@ -12,7 +12,6 @@ import numpy.typing as npt
 
 from skipvision_export.bundle import Manifest
 from skipvision_export.graph.passes.names import (
-    DECODE,
     EMBED,
     IMAGE_INDEX,
     KV_KEEP_INDEX,
@@ -22,6 +21,7 @@ from skipvision_export.graph.passes.names import (
     present_names,
 )
 from skipvision_export.layout import TokenLayout
+from skipvision_export.runtime.kv_cache import KVCache
 
 Ints = npt.NDArray[np.int64]
 Choose = Callable[[npt.NDArray[np.float32]], int]
@@ -34,6 +34,9 @@ class Backend(Protocol):
 
     def run(self, graph: str, feeds: dict[str, Any]) -> dict[str, Any]:
         """Run one graph."""
+
+    def cache(self, present: dict[str, Any]) -> KVCache:
+        """The cache that decode goes on from, of prefill's outputs."""
 
     def numpy(self, value: Any) -> npt.NDArray[Any]:
         """A tensor on the host."""
@@ -118,7 +121,6 @@ class Generator:
         self.image_token = manifest.model.image_token_id
         self._inputs = {tensor.name for tensor in manifest.graphs[PREFILL].inputs}
         self._present = present_names("present", manifest.model.num_layers)
-        self._past = present_names("past_key_values", manifest.model.num_layers)
 
     def encode(self, pixel_values: npt.NDArray[np.float32]) -> Any:
         """pixel_values [1, 3, h, w] -> image_features [1, layout.total, D] in layout order."""
@@ -147,16 +149,15 @@ class Generator:
             feeds[IMAGE_INDEX] = image_index(input_ids, self.image_token, self.layout)
         return self.backend.run(PREFILL, feeds)
 
-    def decode(self, token: int, position: int, past: dict[str, Any]) -> dict[str, Any]:
-        """One step on a cache of any length; `position` counts the whole original sequence."""
-        cached = self.backend.shape(past[self._present[0]])[2]
-        feeds = {
-            "inputs_embeds": self.embed(np.array([[token]], np.int64)),
-            "attention_mask": np.ones((1, cached + 1), np.int64),
-            "position_ids": np.array([[position]], np.int64),
-        }
-        feeds |= {name: past[source] for name, source in zip(self._past, self._present, strict=True)}
-        return self.backend.run(DECODE, feeds)
+    def decode(self, token: int, position: int, cache: KVCache) -> Any:
+        """One step on a cache of any length -> logits; `position` counts the whole original sequence."""
+        return cache.step(
+            {
+                "inputs_embeds": self.embed(np.array([[token]], np.int64)),
+                "attention_mask": np.ones((1, cache.length + 1), np.int64),
+                "position_ids": np.array([[position]], np.int64),
+            }
+        )
 
     def generate(
         self,
@@ -178,13 +179,14 @@ class Generator:
         done.vision_ms = (time.perf_counter() - start) * 1e3
         start = time.perf_counter()
         out = self.prefill(input_ids, features)
-        logits = self._logits(out)
+        logits = self._logits(out["logits"])
         done.prefill_ms = (time.perf_counter() - start) * 1e3
         done.kv_tokens_after_prefill = self.backend.shape(out[self._present[0]])[2]
         if keep_kv:
             done.kv = [self.backend.numpy(out[name])[0].copy() for name in self._present]
         # Decode goes on from the original length, not from the cache's.
         position = input_ids.shape[1]
+        cache = None
         while True:
             token = choose(logits)
             done.token_ids.append(token)
@@ -193,11 +195,12 @@ class Generator:
             if token in eos or len(done.token_ids) >= max_new_tokens:
                 return done
             start = time.perf_counter()
-            out = self.decode(token, position, out)
-            logits = self._logits(out)
+            cache = cache or self.backend.cache(out)
+            logits = self._logits(self.decode(token, position, cache))
             done.decode_ms.append((time.perf_counter() - start) * 1e3)
             position += 1
 
-    def _logits(self, out: dict[str, Any]) -> npt.NDArray[np.float32]:
+    def _logits(self, value: Any) -> npt.NDArray[np.float32]:
         """[vocab] of the last position, on the host; a backend that works ahead is waited for here."""
-        return np.asarray(self.backend.numpy(out["logits"])[0, -1], np.float32)
+        # A copy: the backend's memory may be gone with its tensor.
+        return np.array(self.backend.numpy(value)[0, -1], np.float32)

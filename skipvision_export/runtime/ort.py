@@ -12,6 +12,8 @@ import onnxruntime as ort
 from skipvision_export.bundle import Manifest
 from skipvision_export.bundle.graphs import GraphInfo
 from skipvision_export.errors import BackendError, BundleError
+from skipvision_export.graph.passes.names import DECODE
+from skipvision_export.runtime.kv_cache import JoinedCache, KVCache, SharedCache
 
 _NUMPY = {"float": np.float32, "float16": np.float16, "int64": np.int64}
 
@@ -36,11 +38,15 @@ class OrtBackend:
         """threads: 0 lets ONNX Runtime choose; optimize=False turns every graph fusion off."""
         self.folder = folder
         self.dtype = manifest.dtype
-        self.graphs: dict[str, GraphInfo] = manifest.graphs
+        self.graphs: dict[str, GraphInfo] = manifest.graphs | manifest.variants
         self.providers = providers
+        on_cpu = providers == ("CPUExecutionProvider",)
         level = ort.GraphOptimizationLevel
         self._options = ort.SessionOptions()
         self._options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+        # Unoptimized is for comparisons with the graph that every runtime runs.
+        shared = f"{DECODE}.{self.name}"
+        self._shared = shared if optimize and shared in self.graphs and on_cpu else None
         self._options.intra_op_num_threads = threads
         self._options.log_severity_level = 3
         self._sessions: dict[str, ort.InferenceSession] = {}
@@ -75,6 +81,12 @@ class OrtBackend:
         }
         names = [tensor.name for tensor in self.graphs[graph].outputs]
         return dict(zip(names, self.session(graph).run_with_ort_values(names, values), strict=True))
+
+    def cache(self, present: dict[str, Any]) -> KVCache:
+        """The cache that decode goes on from, of prefill's outputs; in place where the bundle can."""
+        if self._shared is None:
+            return JoinedCache(self, present)
+        return SharedCache(self.session(self._shared), present)
 
     def _value(self, graph: str, name: str, array: npt.NDArray[Any]) -> ort.OrtValue:
         dtype = next(t.dtype for t in self.graphs[graph].inputs if t.name == name)

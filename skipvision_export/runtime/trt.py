@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from skipvision_export.bundle import MANIFEST, sha256_of
 from skipvision_export.errors import BundleError, CompilerError, InputError
+from skipvision_export.runtime.kv_cache import JoinedCache, KVCache
 from skipvision_export.tensorrt import plugin
 from skipvision_export.tensorrt.driver import require_gpu
 from skipvision_export.tensorrt.library import TensorRT, find, parse_version
@@ -131,6 +132,10 @@ class TrtRunner:
             info = self.manifest.engines[graph]
             self._engines[graph] = _Engine(graph, self.folder / info.file, info, self.tensorrt, self.stream)
         return self._engines[graph].run(feeds)
+
+    def cache(self, present: dict[str, Any]) -> KVCache:
+        """The cache that decode goes on from, of prefill's outputs."""
+        return JoinedCache(self, present)
 
     def numpy(self, value: DeviceTensor) -> npt.NDArray[Any]:
         """A tensor on the host; waits for the stream."""

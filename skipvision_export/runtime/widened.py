@@ -22,5 +22,5 @@ def widened(bundle: Bundle, folder: Path) -> Bundle:
         name: widen(ir.load(bundle.folder / info.file)) for name, info in bundle.manifest.graphs.items()
     }
     infos = write_graphs(graphs, folder, (PREFILL, DECODE), "decoder.onnx_data")
-    manifest = bundle.manifest.model_copy(update={"dtype": "float32", "graphs": infos})
+    manifest = bundle.manifest.model_copy(update={"dtype": "float32", "graphs": infos, "variants": {}})
     return Bundle(folder, manifest, **bundle.backend_options)

@@ -118,7 +118,7 @@ def build(
         )
     if tensorrt.compiler.product == "tensorrt":
         require_gpu()  # it times kernels on the device; without one its builder is a null pointer
-    _alive = _prepare_plugin(tensorrt, planned)
+    _prepare_plugin(tensorrt, planned)
     engines: dict[str, EngineInfo] = {}
     with atomic_folder(out, force) as folder:
         for graph in planned.manifest.graphs:
@@ -148,12 +148,12 @@ def lowered_graph(planned: BuildPlan, graph: str, compiler: Compiler) -> tuple[o
     return lower(model, compiler, plugin=planned.form != "function"), origin
 
 
-def _prepare_plugin(tensorrt: TensorRT, planned: BuildPlan) -> object:
+def _prepare_plugin(tensorrt: TensorRT, planned: BuildPlan) -> None:
     if planned.form == "library":
         assert planned.library is not None
         plugin.load_library(tensorrt.module, planned.library)
-        return None
-    return plugin.declare(tensorrt.module) if planned.form == "declared" else None
+    elif planned.form == "declared":
+        plugin.declare(tensorrt.module)
 
 
 def _build_graph(

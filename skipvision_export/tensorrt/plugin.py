@@ -15,6 +15,8 @@ from skipvision_export.errors import CompilerError
 from skipvision_export.graph.passes.names import DOMAIN, DOMAIN_VERSION
 
 NAME = "KVPrune"
+# TensorRT's registry holds these for as long as the process lives, but does not own them.
+_registered: list[object] = []
 
 
 def load_library(trt: Any, file: Path) -> None:
@@ -54,17 +56,16 @@ def is_registered(trt: Any) -> bool:
     return trt.get_plugin_registry().get_creator(NAME, str(DOMAIN_VERSION), DOMAIN) is not None
 
 
-def declare(trt: Any) -> Any:
+def declare(trt: Any) -> None:
     """Register a plugin that can be built into engines but not run: for builds ahead of time.
 
-    The engine finds the library's plugin of the same name and version when it is loaded. Returns what
-    must stay alive while engines are built.
+    The engine finds the library's plugin of the same name and version when it is loaded.
     """
     if is_registered(trt):
-        return None
+        return
     creator = _declaration(trt)
     trt.get_plugin_registry().register_creator(creator, DOMAIN)
-    return creator
+    _registered.append(creator)
 
 
 def _declaration(trt: Any) -> Any:

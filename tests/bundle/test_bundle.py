@@ -78,7 +78,8 @@ def test_decoder_weights_stand_once(bundle_folder, traced):
 def test_every_layer_is_rewritten(bundle_folder):
     model = onnx.load(bundle_folder / "onnx" / f"{PREFILL}.onnx", load_external_data=False)
     kinds = [node.op_type for node in model.graph.node]
-    assert kinds.count("KVPrune") == kinds.count("ScatterND") == 3
+    # of the last layer one row is left, which is not scattered but chosen
+    assert kinds.count("KVPrune") == kinds.count("ScatterND") + kinds.count("Where") == 3
     assert "Expand" not in [
         n.op_type for n in model.graph.node if any(o.endswith("_unsafe_view") for o in n.output)
     ]

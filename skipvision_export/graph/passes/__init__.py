@@ -12,9 +12,11 @@ import onnx_ir as ir
 from skipvision_export.config import SkipVisionConfig
 from skipvision_export.graph.passes.half_rotary import HalfRotaryPass
 from skipvision_export.graph.passes.kv_prune import KVPrunePass
+from skipvision_export.graph.passes.last_layer import LastLayerPass
 from skipvision_export.graph.passes.lay_out import LayOutPass, Weights
 from skipvision_export.graph.passes.names import DECODE, EMBED, PREFILL, VISION
 from skipvision_export.graph.passes.native_gqa import NativeGQAPass
+from skipvision_export.graph.passes.shared_kv import SharedKVPass
 from skipvision_export.graph.passes.skip_ffn import SkipFFNPass
 from skipvision_export.graph.passes.strict_mask import StrictMaskPass
 from skipvision_export.layout import TokenLayout
@@ -38,8 +40,9 @@ class PassContext:
 def passes_for(graph: str, context: PassContext) -> list[ir.passes.InPlacePass]:
     """The passes of one graph of a bundle, in order.
 
-    Skip-FFN comes before anything that would fuse the residual Add away. KV-prune comes last: it
-    renames the graph's outputs.
+    The last layer's rows go before Skip-FFN, which splits what is left of its FFN another way, and
+    after the strict mask, which has a row for each query. Skip-FFN comes before anything that would
+    fuse the residual Add away. KV-prune comes last: it renames the graph's outputs.
     """
     config, layout = context.config, context.layout
     tiers = [layout.layer_tier(layer) for layer in range(context.num_layers)]
@@ -51,10 +54,20 @@ def passes_for(graph: str, context: PassContext) -> list[ir.passes.InPlacePass]:
         PREFILL: [
             HalfRotaryPass(),
             NativeGQAPass(),
-            SkipFFNPass(tiers),
             *([StrictMaskPass()] if config.strict else []),
+            LastLayerPass(),
+            SkipFFNPass(tiers),
             KVPrunePass(context.num_layers),
         ],
         DECODE: [HalfRotaryPass(), NativeGQAPass()],
     }
     return passes[graph]
+
+
+def variants_for(graph: str) -> dict[str, list[ir.passes.InPlacePass]]:
+    """Other forms of a graph, by the runtime they are for: the passes that make each, after all others.
+
+    A variant stands beside the graph, which every runtime can run, and shares its weights. It is left
+    out where its passes find nothing to change.
+    """
+    return {"onnxruntime": [SharedKVPass()]} if graph == DECODE else {}

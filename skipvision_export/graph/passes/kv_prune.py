@@ -7,6 +7,7 @@ import onnx_ir as ir
 from onnx_ir import tape
 
 from skipvision_export.errors import PassError
+from skipvision_export.graph.passes.matching import has_input, made_by, require
 from skipvision_export.graph.passes.names import DOMAIN, DOMAIN_VERSION, KV_KEEP_INDEX
 
 OP = "KVPrune"
@@ -27,6 +28,17 @@ class KVPrunePass(ir.passes.InPlacePass):
         """num_layers: decoder layers."""
         super().__init__()
         self.num_layers = num_layers
+
+    def requires(self, model: ir.Model) -> None:
+        """Once."""
+        require(not has_input(model, KV_KEEP_INDEX), "KVPrune runs once")
+
+    def ensures(self, model: ir.Model) -> None:
+        """No layer gives its full K or V out."""
+        present = [value for value in model.graph.outputs if (value.name or "").startswith("present.")]
+        left = [value.name for value in present if made_by(value, OP) is None]
+        if left:
+            raise ir.passes.PostconditionError(f"{left[0]} is not pruned")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite the prefill graph in place."""

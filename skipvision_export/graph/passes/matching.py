@@ -7,6 +7,17 @@ import onnx_ir as ir
 HALF_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
+def require(condition: bool, what: str) -> None:
+    """Raise PreconditionError: passes ran in an order that would give a wrong graph, or a slow one."""
+    if not condition:
+        raise ir.passes.PreconditionError(what)
+
+
+def has_input(model: ir.Model, name: str) -> bool:
+    """Does the graph take an input of this name?"""
+    return any(value.name == name for value in model.graph.inputs)
+
+
 def made_by(value: ir.Value | None, kind: str) -> ir.Node | None:
     """The node of operator type `kind` that makes a value, if one does."""
     producer = value.producer() if value is not None else None

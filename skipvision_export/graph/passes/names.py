@@ -35,3 +35,8 @@ def ffn_dim_name(tier: int) -> str:
 def present_names(prefix: str, layers: int) -> list[str]:
     """`prefix.0.key`, `prefix.0.value`, `prefix.1.key`, ..."""
     return [f"{prefix}.{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
+
+
+def past_name(present: str) -> str:
+    """The input of decode that an output such as `present.0.key` is fed to."""
+    return f"past_key_values.{present.removeprefix('present.')}"

@@ -23,7 +23,7 @@ class NativeGQAPass(ir.passes.InPlacePass):
         for node in model.graph:
             if node.op_type != "Attention":
                 continue
-            sources = [_repeated(node.inputs[i]) for i in (1, 2)]
+            sources = [repeated_heads(node.inputs[i]) for i in (1, 2)]
             if any(source is None for source in sources):
                 continue
             for i, source in zip((1, 2), sources, strict=True):
@@ -32,7 +32,7 @@ class NativeGQAPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=modified)
 
 
-def _repeated(value: ir.Value | None) -> ir.Value | None:
+def repeated_heads(value: ir.Value | None) -> ir.Value | None:
     """The [B, Hkv, S, Dh] value that was repeated along a new axis 2 and flattened, if it was."""
     for kind in ("Reshape", "Expand", "Unsqueeze"):
         producer = made_by(value, kind)

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from skipvision_export.errors import PassError
 from skipvision_export.graph.passes.matching import constant_ints
+from skipvision_export.graph.passes.regions import is_constant
 
 RANK = 3
 
@@ -45,6 +46,18 @@ def prove_rowwise(nodes: Iterable[ir.Node], source: ir.Value, what: str) -> None
                 "that act on each token alone may stand between the norm and the residual add"
             ) from None
         rowwise.update(node.outputs)
+
+
+def is_rowwise(node: ir.Node) -> bool:
+    """Does one node act on each token alone, where all of its inputs but constants are row-wise?"""
+    sources = {value for value in node.inputs if value is not None and not is_constant(value)}
+    if any(value.shape is None or len(value.shape) != RANK for value in sources):
+        return False
+    try:
+        _rule(node)(node, sources)
+    except _NotRowwiseError:
+        return False
+    return True
 
 
 def _rule(node: ir.Node) -> Callable[[ir.Node, set[ir.Value]], None]:

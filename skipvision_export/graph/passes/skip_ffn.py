@@ -9,7 +9,8 @@ import onnx_ir as ir
 from onnx_ir import tape
 
 from skipvision_export.errors import PassError
-from skipvision_export.graph.passes.names import ffn_dim_name, ffn_index_name
+from skipvision_export.graph.passes.matching import has_input, require
+from skipvision_export.graph.passes.names import FFN_INDEX, ffn_dim_name, ffn_index_name
 from skipvision_export.graph.passes.regions import Branch, is_constant, residual_branches
 from skipvision_export.graph.passes.rowwise import RANK, prove_rowwise
 
@@ -29,7 +30,12 @@ class SkipFFNPass(ir.passes.InPlacePass):
     2. An FFN with an operator that mixes tokens, or that no rule covers: PassError names the node.
     3. A branch that also takes the mask, positions or a cache is attention: left alone.
     4. No FFN, or another number than the model has layers: PassError.
-    5. Layers of several tiers (a policy): each tier's FFNs take an index of their own, named by
+    5. X is the last position alone, [B, 1, D] (see LastLayerPass): its FFN is computed, and taken where
+       `ffn_index` names the last row of that sequence:
+
+           after    Y = Where(any(ffn_index == b*S + S - 1), X + R(X), X)
+
+    6. Layers of several tiers (a policy): each tier's FFNs take an index of their own, named by
        `ffn_index_name`; a layer of tier 0 is left as it is.
     """
 
@@ -38,6 +44,12 @@ class SkipFFNPass(ir.passes.InPlacePass):
         super().__init__()
         self.tiers = tuple(tiers)
         self.count = 0
+
+    def requires(self, model: ir.Model) -> None:
+        """Once, and before whatever fuses a residual Add away."""
+        require(not has_input(model, FFN_INDEX), "SkipFFN runs once")
+        fused = [n.op_type for n in model.graph if n.op_type.startswith("Skip")]
+        require(not fused, f"SkipFFN runs before residual adds are fused, but there is {fused[:1]}")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite the prefill graph in place."""
@@ -61,7 +73,10 @@ class SkipFFNPass(ir.passes.InPlacePass):
             _check_closed(ffn, graph)
         indices = {tier: _index_input(graph, tier) for tier in sorted({tier for _, tier in split})}
         for ffn, tier in split:
-            _split(graph, ffn, *indices[tier])
+            if _is_last_row(ffn):
+                _choose(graph, ffn, indices[tier][0], embeds)
+            else:
+                _split(graph, ffn, *indices[tier])
         self.count = len(split)
         return ir.passes.PassResult(model, modified=bool(split))
 
@@ -80,7 +95,8 @@ def find_ffns(graph: ir.Graph) -> list[Branch]:
 def _check_trunk(ffn: Branch, embeds: ir.Value) -> None:
     """The row gather flattens [B, S, D]; the residual stream must have that shape."""
     shape, want = ffn.trunk.shape, embeds.shape
-    if shape is None or want is None or len(shape) != RANK or list(shape) != list(want):
+    sizes = [] if shape is None or want is None else [list(want), [want[0], 1, want[2]]]
+    if shape is None or len(shape) != RANK or list(shape) not in sizes:
         raise PassError(
             f"the FFN {ffn.scope} cannot be split: its input {ffn.trunk.name} has shape {shape}, not "
             f"[batch, sequence, features] of inputs_embeds ({want})"
@@ -154,6 +170,41 @@ def _split(graph: ir.Graph, ffn: Branch, index: ir.Value, column: ir.Value) -> N
     ir.convenience.replace_all_uses_with(out, whole, replace_graph_outputs=True)
     after.nodes[0].replace_input_with(0, out)
     graph.insert_after(add, after.nodes)
+
+
+def _is_last_row(ffn: Branch) -> bool:
+    return ffn.trunk.shape is not None and ffn.trunk.shape[1] == 1
+
+
+def _choose(graph: ir.Graph, ffn: Branch, index: ir.Value, embeds: ir.Value) -> None:
+    """Keep the FFN's sum where the index [M] names the last row of a sequence."""
+    out = ffn.add.outputs[0]
+    t = tape.Tape()
+
+    def const(*values: int, scalar: bool = False) -> ir.Value:
+        array = np.array(values[0] if scalar else values, np.int64)
+        return t.op("Constant", [], {"value": ir.tensor(array)})
+
+    zero = const(0, scalar=True)
+    batch = t.op("Squeeze", [t.op("Shape", [embeds], {"start": 0, "end": 1})])
+    length = t.op("Shape", [embeds], {"start": 1, "end": 2})
+    order = t.op("Range", [zero, batch, const(1, scalar=True)])
+    last = t.op("Sub", [t.op("Add", [t.op("Mul", [order, length]), length]), const(1)])  # [B]
+    same = t.op("Equal", [t.op("Unsqueeze", [last, const(1)]), index])  # [B, M]
+    # A sum, because a maximum over no rows at all is not defined.
+    named = t.op("ReduceSum", [t.op("Cast", [same], {"to": ir.DataType.INT64}), const(1)], {"keepdims": 1})
+    chosen = t.op("Unsqueeze", [t.op("Greater", [named, zero]), const(2)])  # [B, 1, 1]
+    picked = t.op("Where", [chosen, out, ffn.trunk])
+    # Says the shape again: ONNX's shape inference loses the batch in Range.
+    whole = t.op("Reshape", [picked, t.op("Shape", [ffn.trunk])])
+    scope = ffn.nodes[0].metadata_props.get("name_scopes", "")
+    for node in t.nodes:
+        node.metadata_props["name_scopes"] = scope
+    ir.convenience.replace_all_uses_with(out, whole, replace_graph_outputs=True)
+    made = picked.producer()
+    assert made is not None
+    made.replace_input_with(1, out)
+    graph.insert_after(ffn.add, t.nodes)
 
 
 def _ints(graph: ir.Graph, name: str, values: list[int]) -> ir.Value:

@@ -6,6 +6,7 @@ import onnx_ir as ir
 from onnx_ir import tape
 
 from skipvision_export.errors import PassError
+from skipvision_export.graph.passes.matching import require
 from skipvision_export.graph.passes.names import IMAGE_INDEX
 from skipvision_export.tokens.ops import constant
 
@@ -23,6 +24,11 @@ class StrictMaskPass(ir.passes.InPlacePass):
 
     Raises PassError for an Attention without a boolean mask, and where there is none at all.
     """
+
+    def requires(self, model: ir.Model) -> None:
+        """Before LastLayer: the mask has a row for every query."""
+        shapes = [n.inputs[0].shape for n in model.graph if n.op_type == "Attention" and n.inputs[0]]
+        require(all(s is None or s[2] != 1 for s in shapes), "StrictMask runs before LastLayer")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite the prefill graph in place."""
