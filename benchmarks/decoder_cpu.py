@@ -1,0 +1,380 @@
+"""One decoder of random weights in every form that can be had of it, prefill and decode, on a CPU.
+
+A Llama (hidden 1024, 16 layers, FFN 2816, 16/8 heads, vocabulary 32000, float32) under a small vision tower:
+Hugging Face PyTorch with SDPA, torch.onnx.export as it comes, the graph of onnxruntime-genai's builder, and
+this package's dense, skipping and merged prefill and its decode, in turn on the same inputs.
+
+Run from the repository's root on an idle machine, about fifteen minutes on two cores. genai's graph is built
+beforehand, in an environment of its own:
+
+python benchmarks/decoder_cpu.py --write-model llama
+python -m onnxruntime_genai.models.builder -m llama -o genai -p fp32 -e cpu \
+    --extra_options prune_lm_head=true exclude_embeds=true
+python benchmarks/decoder_cpu.py --genai genai --json benchmarks/results/decoder_cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+
+from skipvision_export import Bundle, SkipVisionConfig
+from skipvision_export.benchmark.flops import count_flops, layers_flops
+from skipvision_export.benchmark.sibling import SiblingSizes, sibling_model
+from skipvision_export.benchmark.timing import decoder_dims, machine
+from skipvision_export.bundle import write_graphs
+from skipvision_export.exporter import trace_model
+from skipvision_export.graph.clean import clear_inferred_types, unique_node_names
+from skipvision_export.graph.passes.names import DECODE, EMBED, PREFILL
+from skipvision_export.models.loading import resolve_model
+from skipvision_export.runtime.kv_cache import SharedCache
+
+SIZES = SiblingSizes(hidden=1024, intermediate=2816, layers=16, heads=16, vocab=32000)
+KV_HEADS, HEAD_DIM = 8, 64
+TOKENS, KEPT = 1088, 192  # 1,024 visual tokens of which 128 are retained, 64 of text
+# 576 visual tokens and 64 of text; merged to 100 + 156 and two summaries.
+DENSE_640, MERGED, MERGED_KEPT = 640, 322, 166
+CACHED = (64, 192, 512, 1088, 2048, 4096)
+STEPS = 8  # decode steps of one measurement
+HF, GENAI, PLAIN = "Hugging Face, sdpa", "genai", "torch.onnx.export"
+OURS, SKIP, MERGE = "dense", "skip", "merged"
+Run = Callable[[], Any]
+
+
+def write_llama(folder: Path) -> None:
+    """The decoder as a Llama, which genai's builder reads, with a tokenizer of one word."""
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    model = sibling_model(SIZES)
+    llama = LlamaForCausalLM(model.config.text_config)
+    llama.model.load_state_dict(model.model.language_model.state_dict())
+    llama.lm_head.load_state_dict(model.lm_head.state_dict())
+    llama.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({"<s>": 1, "</s>": 2, "a": 4}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+
+
+def session(file: Path, threads: int) -> ort.InferenceSession:
+    """On the CPU, every optimization on."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+class Inputs:
+    """Inputs of any decoder graph, by the names that genai and this package share."""
+
+    def __init__(self, embeds: np.ndarray) -> None:
+        """embeds: [1, S, D]."""
+        self.embeds = embeds
+
+    def known(self, graph: ort.InferenceSession, cached: int, new: int, kept: int = 0) -> dict[str, Any]:
+        """What a graph takes beside K/V, for `new` tokens behind `cached` ones; `kept` rows skip nothing."""
+        position = cached if new > 1 else TOKENS
+        rows = np.linspace(0, new - 1, kept).astype(np.int64) if kept else np.arange(new)
+        every = {
+            "inputs_embeds": self.embeds[:, :new],
+            "attention_mask": np.ones((1, cached + new), np.int64),
+            "position_ids": np.arange(position, position + new)[None],
+            "ffn_index": rows,
+            "kv_keep_index": rows[None],
+        }
+        names = {value.name for value in graph.get_inputs()}
+        return {name: np.ascontiguousarray(array) for name, array in every.items() if name in names}
+
+    def prefill(self, graph: ort.InferenceSession, tokens: int, kept: int = 0) -> Run:
+        """Runs a graph on an empty cache; returns logits [vocab]."""
+        return _run(graph, self.known(graph, 0, tokens, kept) | _cache(graph, 0))
+
+    def joined(self, graph: ort.InferenceSession, cached: int) -> Run:
+        """A decode graph that joins its cache anew in each step."""
+        return _run(graph, self.known(graph, cached, 1) | _cache(graph, cached), STEPS)
+
+    def shared(self, graph: ort.InferenceSession, cached: int) -> Run:
+        """A decode graph over one buffer; every step is at the same place."""
+        past = {
+            name.replace("past_key_values", "present"): ort.OrtValue.ortvalue_from_numpy(array)
+            for name, array in _cache(graph, cached).items()
+        }
+        cache = SharedCache(graph, past)
+        feeds = self.known(graph, cached, 1)
+
+        def run() -> Any:
+            for _ in range(STEPS):
+                cache.length = cached
+                logits = cache.step(feeds)
+            return logits.numpy()[0, -1].copy()
+
+        return run
+
+
+def _cache(graph: ort.InferenceSession, cached: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    names = sorted(v.name for v in graph.get_inputs() if v.name.startswith("past_key_values"))
+    shape = (1, KV_HEADS, cached, HEAD_DIM)
+    return {name: 0.1 * rng.standard_normal(shape).astype(np.float32) for name in names}
+
+
+def _run(graph: ort.InferenceSession, feeds: dict[str, np.ndarray], times: int = 1) -> Run:
+    """OrtValues in and out: nothing is copied to numpy but the logits."""
+    values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
+    names = [value.name for value in graph.get_outputs()]
+
+    def run() -> Any:
+        for _ in range(times):
+            done = graph.run_with_ort_values(names, values)
+        return done[names.index("logits")].numpy()[0, -1].copy()
+
+    return run
+
+
+class HuggingFace:
+    """The model itself."""
+
+    def __init__(self, model: Any, embeds: np.ndarray) -> None:
+        """embeds: [1, S, D]."""
+        self.decoder, self.head = model.model.language_model, model.lm_head
+        self.embeds = torch.from_numpy(embeds)
+
+    @torch.no_grad()
+    def _forward(self, tokens: int, cache: Any = None, position: int = 0) -> Any:
+        out = self.decoder(
+            inputs_embeds=self.embeds[:, :tokens],
+            position_ids=torch.arange(position, position + tokens)[None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return self.head(out.last_hidden_state[:, -1:])[0, -1].numpy()
+
+    def prefill(self, tokens: int) -> Run:
+        """Runs on an empty cache; returns logits [vocab]."""
+        return lambda: self._forward(tokens)
+
+    def decode(self, cached: int) -> Run:
+        """Steps on the cache that other graphs read, cropped after each."""
+        from transformers import DynamicCache
+
+        rng = np.random.default_rng(1)
+        shape = (1, KV_HEADS, cached, HEAD_DIM)
+        names = sorted(
+            f"past_key_values.{i}.{kind}" for i in range(SIZES.layers) for kind in ("key", "value")
+        )
+        arrays = {name: 0.1 * rng.standard_normal(shape).astype(np.float32) for name in names}
+        cache: Any = DynamicCache()
+        for i in range(SIZES.layers):
+            k, v = (torch.from_numpy(arrays[f"past_key_values.{i}.{kind}"]) for kind in ("key", "value"))
+            cache.update(k, v, i)
+
+        def run() -> Any:
+            for _ in range(STEPS):
+                logits = self._forward(1, cache, TOKENS)
+                cache.crop(cached)
+            return logits
+
+        return run
+
+
+def measure(runs: dict[str, Run], rounds: int, each: int, what: str) -> dict[str, np.ndarray]:
+    """Milliseconds of one of `each` repetitions, by contender and round; back and forth.
+
+    Raises SystemExit where contenders that do the same do not give the same logits.
+    """
+    first = {name: run() for name, run in runs.items()}
+    same = [name for name in first if name not in (SKIP, MERGE)]
+    for name in same[1:]:
+        gap = np.abs(first[name] - first[same[0]]).max() / np.abs(first[same[0]]).max()
+        if not gap < 1e-3:
+            raise SystemExit(f"{what}: {name} and {same[0]} differ by {gap:.1e} of the largest logit")
+    times = np.empty((rounds, len(runs)))
+    for turn in range(rounds):
+        print(f"{what}: round {turn + 1} of {rounds}", end="\r", flush=True)
+        for i in range(len(runs))[:: 1 if turn % 2 else -1]:
+            run = list(runs.values())[i]
+            start = time.perf_counter()
+            run()
+            times[turn, i] = (time.perf_counter() - start) * 1e3 / each
+    return dict(zip(runs, times.T, strict=True))
+
+
+def spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
+    """Median, 10th and 90th percentile."""
+    low, median, high = np.percentile(values, [10, 50, 90])
+    return {"median": float(median), "p10": float(low), "p90": float(high)}
+
+
+def against_best(times: dict[str, np.ndarray], peers: Sequence[str], ours: str) -> dict[str, Any]:
+    """The peer of the lowest median over ours, round by round."""
+    best = min((name for name in peers if name in times), key=lambda name: float(np.median(times[name])))
+    return {"peer": best, "speedup": spread(times[best] / times[ours])}
+
+
+def prefill_flops(file: Path, tokens: int, kept: int | None = None) -> int:
+    """Operations of a prefill graph."""
+    sizes = {"batch": 1, "sequence": tokens, "ffn_tokens": kept or tokens, "kept": kept or tokens}
+    return count_flops(onnx.load(file, load_external_data=False), sizes)
+
+
+def whole_flops(bundle: Bundle, tokens: int) -> int:
+    """Operations of a prefill as torch.onnx.export leaves it: every row of every layer, one of the head."""
+    dims, layout = decoder_dims(bundle), SkipVisionConfig.dense().layout(tokens)
+    head = 2 * dims.hidden_size * dims.vocab_size
+    return layers_flops(dims, layout, 0, last_only=False) + head
+
+
+def with_promise(
+    found: dict[str, Any], times: dict[str, np.ndarray], ours: str, flops: dict[str, int]
+) -> Any:
+    """What the operations promise against a peer's dense graph, and the share of it that is measured.
+
+    saving: 1 - time over time, as a share of 1 - operations over operations.
+    """
+    promised = flops[PLAIN] / flops[ours]
+    saved = 1 - 1 / (times[found["peer"]] / times[ours])
+    return found | {
+        "promised": promised,
+        "of_promise": found["speedup"]["median"] / promised,
+        "saving_of_promise": float(np.median(saved)) / (1 - 1 / promised),
+    }
+
+
+def table(times: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Milliseconds by contender."""
+    return {name: spread(values) for name, values in times.items()}
+
+
+def plain_export(traced: Any, folder: Path) -> dict[str, Path]:
+    """The graphs as torch.onnx.export leaves them."""
+    graphs: dict[str, ir.Model] = {name: traced.trace.graphs[name].clone() for name in (PREFILL, DECODE)}
+    for model in graphs.values():
+        clear_inferred_types(model)
+        unique_node_names(model)
+    folder.mkdir()
+    infos = write_graphs(graphs, folder, (PREFILL, DECODE), "decoder.onnx_data")
+    return {name: folder / info.file for name, info in infos.items()}
+
+
+def compare(rounds: int, threads: int, genai: Path | None, scratch: Path) -> dict[str, Any]:
+    """All measurements."""
+    if threads:
+        torch.set_num_threads(threads)
+    source = scratch / "model"
+    sibling_model(SIZES).save_pretrained(source)
+    start = time.perf_counter()
+    traced = trace_model(resolve_model(source))
+    bundle: Bundle = traced.write(scratch / "bundle", SkipVisionConfig.preset("skip-75"))
+    export_s = time.perf_counter() - start
+    print(f"exported in {export_s:.1f} s")
+    files = plain_export(traced, scratch / "plain")
+    own = {name: bundle.folder / info.file for name, info in bundle.manifest.graphs.items()}
+    variants = bundle.manifest.variants
+    own["shared"] = bundle.folder / variants[f"{DECODE}.onnxruntime"].file
+    ids = np.random.default_rng(0).integers(4, SIZES.vocab, (1, TOKENS))
+    none = np.zeros((0, 576, SIZES.hidden), np.float32)
+    features = bundle.backend.run(EMBED, {"input_ids": ids, "image_features": none})
+    inputs = Inputs(features["inputs_embeds"].numpy())
+    hugging_face = HuggingFace(traced.model, inputs.embeds)
+    del traced
+
+    prefill = {PLAIN: session(files[PREFILL], threads), OURS: session(own[PREFILL], threads)}
+    if genai:
+        prefill[GENAI] = session(genai / "model.onnx", threads)
+    peers = [HF, GENAI, PLAIN]
+    runs = {HF: hugging_face.prefill(TOKENS)}
+    runs |= {name: inputs.prefill(graph, TOKENS) for name, graph in prefill.items()}
+    runs[SKIP] = inputs.prefill(prefill[OURS], TOKENS, KEPT)
+    flops = {
+        PLAIN: whole_flops(bundle, TOKENS),
+        OURS: prefill_flops(own[PREFILL], TOKENS),
+        SKIP: prefill_flops(own[PREFILL], TOKENS, KEPT),
+    }
+    times = measure(runs, rounds, 1, f"prefill of {TOKENS}")
+    result: dict[str, Any] = {
+        "export_s": export_s,
+        "prefill": {
+            str(TOKENS): {
+                "tokens_in_ffn": {OURS: TOKENS, SKIP: KEPT},
+                "ms": table(times),
+                "flops": flops,
+                "dense": against_best(times, peers, OURS),
+                "skip": with_promise(against_best(times, peers, SKIP), times, SKIP, flops),
+            }
+        },
+    }
+    runs = {name: inputs.prefill(graph, DENSE_640) for name, graph in prefill.items()}
+    runs[MERGE] = inputs.prefill(prefill[OURS], MERGED, MERGED_KEPT)
+    flops = {
+        PLAIN: whole_flops(bundle, DENSE_640),
+        OURS: prefill_flops(own[PREFILL], DENSE_640),
+        MERGE: prefill_flops(own[PREFILL], MERGED, MERGED_KEPT),
+    }
+    times = measure(runs, rounds, 1, f"prefill of {DENSE_640}")
+    result["prefill"][str(DENSE_640)] = {
+        "tokens": {OURS: DENSE_640, MERGE: MERGED},
+        "tokens_in_ffn": {OURS: DENSE_640, MERGE: MERGED_KEPT},
+        "ms": table(times),
+        "flops": flops,
+        "dense": against_best(times, peers, OURS),
+        "merged": with_promise(against_best(times, peers, MERGE), times, MERGE, flops),
+    }
+    genai_graph = prefill.get(GENAI)
+    del prefill, runs
+
+    plain, shared = session(files[DECODE], threads), session(own["shared"], threads)
+    decode: dict[str, Any] = {}
+    for cached in CACHED:
+        runs = {
+            HF: hugging_face.decode(cached),
+            PLAIN: inputs.joined(plain, cached),
+            OURS: inputs.shared(shared, cached),
+        }
+        if genai_graph is not None:
+            runs[GENAI] = inputs.joined(genai_graph, cached)
+            runs[f"{GENAI}, shared K/V"] = inputs.shared(genai_graph, cached)
+        times = measure(runs, rounds, STEPS, f"decode at {cached}")
+        found = against_best(times, [*peers, f"{GENAI}, shared K/V"], OURS)
+        decode[str(cached)] = {"ms": table(times), "dense": found}
+    return result | {"decode": decode}
+
+
+def main() -> None:
+    """Write the JSON and print what was found."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--genai", type=Path, help="folder of the graph that genai's builder wrote")
+    parser.add_argument("--write-model", type=Path, help="only write the model that it is built of")
+    arguments = parser.parse_args()
+    if arguments.write_model:
+        write_llama(arguments.write_model)
+        return
+    with TemporaryDirectory() as scratch:
+        found = compare(arguments.rounds, arguments.threads, arguments.genai, Path(scratch))
+    sizes = {key: getattr(SIZES, key) for key in ("hidden", "intermediate", "layers", "heads", "vocab")}
+    result = {
+        "machine": machine(),
+        "rounds": arguments.rounds,
+        "sizes": sizes | {"kv_heads": KV_HEADS},
+    } | found
+    print(json.dumps(found, indent=1))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
