@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -112,7 +112,11 @@ class ModelInfo(StrictModel):
 
 
 class Manifest(VersionedModel):
-    """The whole manifest; `load` checks its schema version first."""
+    """The whole manifest; `load` checks its schema version first.
+
+    dtype: of the arithmetic, and of the weights unless `weights` says that the decoder's matrices have
+    less bits.
+    """
 
     schema_version: int = SCHEMA_VERSION
     source: SourceInfo
@@ -121,6 +125,7 @@ class Manifest(VersionedModel):
     roles: Roles
     model: ModelInfo
     dtype: str
+    weights: Literal["int4"] | None = None
     opset: int
     graphs: dict[str, GraphInfo]
     tools: dict[str, str]
