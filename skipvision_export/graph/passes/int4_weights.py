@@ -94,9 +94,10 @@ class Int4WeightsPass(ir.passes.InPlacePass):
         made = []
         for part in ("packed", "scales", "zero_points"):
             name = f"{weight.name}.int4.{part}"
-            held = ir.tensor(getattr(matrix, part), name=name)
+            array: Array = getattr(matrix, part)
+            held = ir.tensor(array, name=name)
             made.append(ir.Value(name=name, const_value=held, type=ir.TensorType(held.dtype)))
-            made[-1].shape = ir.Shape(held.shape)
+            made[-1].shape = ir.Shape(array.shape)
             graph.register_initializer(made[-1])
         return made
 
