@@ -7,7 +7,9 @@ Looked at in what modelopt 0.47 exports of INT8_DEFAULT_CFG and FP8_DEFAULT_CFG:
                                                              int8: a scale for each of N, axis 0
                                                              fp8: one scale
 
-`folded` stores W quantized, as its compressed checkpoints do.
+`folded` stores W quantized and transposed, as the exporter's last step writes fp8:
+
+    W [K, N] -> DequantizeLinear -> MatMul
 """
 
 from __future__ import annotations
@@ -54,10 +56,10 @@ def insert(model, largest, kind="int8", folded=False):
     for node in products(graph):
         x, weight = node.inputs
         name = weight.name
-        rows = np.ascontiguousarray(weight.const_value.numpy().T)  # [N, K], as PyTorch holds it
+        held_as = weight.const_value.numpy().T  # [N, K], as PyTorch holds it
         scale = np.array(largest[name] / LARGEST[kind], np.float32)
         by_row = kind == "int8"
-        peak = abs(rows).max(1) if by_row else abs(rows).max()
+        peak = abs(held_as).max(1) if by_row else abs(held_as).max()
         steps = np.asarray(peak / LARGEST[kind], np.float32)
         made = []
 
@@ -73,21 +75,20 @@ def insert(model, largest, kind="int8", folded=False):
         q = op("QuantizeLinear", [x, scale, zero])
         dq = op("DequantizeLinear", [q, scale, zero])
         dq.type, dq.shape = x.type, x.shape
-        axis = {"axis": 0} if by_row else {}
         zeros, held = constant(np.zeros(steps.shape, TYPE[kind])), constant(steps)
         if folded:
-            divided = rows / steps.reshape(-1, 1) if by_row else rows / steps
-            stored = np.rint(divided) if kind == "int8" else divided
-            rows = np.clip(stored, -LARGEST[kind], LARGEST[kind]).astype(TYPE[kind])
-        # By name: two MatMuls may share a weight.
-        if f"{name}.rows" not in graph.initializers:
-            value = ir.Value(name=f"{name}.rows", const_value=ir.tensor(rows, name=f"{name}.rows"))
-            value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(rows.shape)
-            graph.register_initializer(value)
-        wq = graph.initializers[f"{name}.rows"]
+            divided = held_as / (steps.reshape(-1, 1) if by_row else steps)
+            whole = np.rint(divided) if kind == "int8" else divided
+            held_as = np.clip(whole, -LARGEST[kind], LARGEST[kind]).astype(TYPE[kind]).T
+        array = np.ascontiguousarray(held_as)
+        stored = ir.Value(name=f"{name}.stored", const_value=ir.tensor(array, name=f"{name}.stored"))
+        stored.type, stored.shape = ir.TensorType(stored.const_value.dtype), ir.Shape(array.shape)
+        graph.register_initializer(stored)
+        axis = {"axis": 1 if folded else 0} if by_row else {}
+        wq = stored if folded else op("QuantizeLinear", [stored, held, zeros], **axis)
+        w = op("DequantizeLinear", [wq, held, zeros], **axis)
         if not folded:
-            wq = op("QuantizeLinear", [wq, held, zeros], **axis)
-        w = op("Transpose", [op("DequantizeLinear", [wq, held, zeros], **axis)], perm=[1, 0])
+            w = op("Transpose", [w], perm=[1, 0])
         for each in made:
             each.metadata_props.update(node.metadata_props)
         graph.insert_before(node, made)
