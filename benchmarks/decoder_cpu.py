@@ -1,14 +1,15 @@
 """One decoder of random weights in every form that can be had of it, prefill and decode, on a CPU.
 
 A Llama (hidden 1024, 16 layers, FFN 2816, 16/8 heads, vocabulary 32000, float32) under a small vision tower:
-Hugging Face PyTorch with SDPA, torch.onnx.export as it comes, the graph of onnxruntime-genai's builder, and
-this package's dense, skipping and merged prefill and its decode, in turn on the same inputs.
+Hugging Face PyTorch with SDPA, torch.onnx.export as it comes, the graphs of onnxruntime-genai's builder, and
+this package's dense, skipping and merged prefill and its decode, in turn on the same inputs; then the same
+with int4 weights.
 
-Run from the repository's root on an idle machine, about fifteen minutes on two cores. genai's graph is built
-beforehand, in an environment of its own:
+Run from the repository's root on an idle machine, about twenty minutes on two cores. genai's graphs are built
+beforehand, in an environment of their own, for fp32 and int4:
 
 python benchmarks/decoder_cpu.py --write-model llama
-python -m onnxruntime_genai.models.builder -m llama -o genai -p fp32 -e cpu \
+python -m onnxruntime_genai.models.builder -m llama -o genai/int4 -p int4 -e cpu \
     --extra_options prune_lm_head=true exclude_embeds=true
 python benchmarks/decoder_cpu.py --genai genai --json benchmarks/results/decoder_cpu.json
 """
@@ -46,9 +47,12 @@ TOKENS, KEPT = 1088, 192  # 1,024 visual tokens of which 128 are retained, 64 of
 # 576 visual tokens and 64 of text; merged to 100 + 156 and two summaries.
 DENSE_640, MERGED, MERGED_KEPT = 640, 322, 166
 CACHED = (64, 192, 512, 1088, 2048, 4096)
+SHARED = f"{DECODE}.onnxruntime"
 STEPS = 8  # decode steps of one measurement
 HF, GENAI, PLAIN = "Hugging Face, sdpa", "genai", "torch.onnx.export"
 OURS, SKIP, MERGE = "dense", "skip", "merged"
+# With int4 weights nobody gives the logits of full ones; random weights make them noise.
+INT4, INT4_SKIP, GENAI_INT4 = "int4 dense", "int4 skip", "genai int4"
 Run = Callable[[], Any]
 
 
@@ -193,7 +197,7 @@ def measure(runs: dict[str, Run], rounds: int, each: int, what: str) -> dict[str
     Raises SystemExit where contenders that do the same do not give the same logits.
     """
     first = {name: run() for name, run in runs.items()}
-    same = [name for name in first if name not in (SKIP, MERGE)]
+    same = [name for name in first if name not in (SKIP, MERGE) and "int4" not in name]
     for name in same[1:]:
         gap = np.abs(first[name] - first[same[0]]).max() / np.abs(first[same[0]]).max()
         if not gap < 1e-3:
@@ -255,6 +259,19 @@ def table(times: dict[str, np.ndarray]) -> dict[str, Any]:
     return {name: spread(values) for name, values in times.items()}
 
 
+def decoder_files(bundle: Bundle) -> dict[str, Path]:
+    """The decoder's graphs in a bundle."""
+    variant = bundle.manifest.variants[SHARED]
+    infos = {name: bundle.manifest.graphs[name] for name in (PREFILL, DECODE)} | {SHARED: variant}
+    return {name: bundle.folder / info.file for name, info in infos.items()}
+
+
+def decoder_bytes(bundle: Bundle) -> int:
+    """Of the decoder's graphs and their weights."""
+    files = bundle.manifest.files.items()
+    return sum(info.bytes for name, info in files if Path(name).name.startswith("decoder"))
+
+
 def plain_export(traced: Any, folder: Path) -> dict[str, Path]:
     """The graphs as torch.onnx.export leaves them."""
     graphs: dict[str, ir.Model] = {name: traced.trace.graphs[name].clone() for name in (PREFILL, DECODE)}
@@ -274,13 +291,13 @@ def compare(rounds: int, threads: int, genai: Path | None, scratch: Path) -> dic
     sibling_model(SIZES).save_pretrained(source)
     start = time.perf_counter()
     traced = trace_model(resolve_model(source))
-    bundle: Bundle = traced.write(scratch / "bundle", SkipVisionConfig.preset("skip-75"))
+    config = SkipVisionConfig.preset("skip-75")
+    bundle: Bundle = traced.write(scratch / "bundle", config)
     export_s = time.perf_counter() - start
     print(f"exported in {export_s:.1f} s")
+    int4: Bundle = traced.write(scratch / "int4", config, weights="int4")
     files = plain_export(traced, scratch / "plain")
-    own = {name: bundle.folder / info.file for name, info in bundle.manifest.graphs.items()}
-    variants = bundle.manifest.variants
-    own["shared"] = bundle.folder / variants[f"{DECODE}.onnxruntime"].file
+    own, small = decoder_files(bundle), decoder_files(int4)
     ids = np.random.default_rng(0).integers(4, SIZES.vocab, (1, TOKENS))
     none = np.zeros((0, 576, SIZES.hidden), np.float32)
     features = bundle.backend.run(EMBED, {"input_ids": ids, "image_features": none})
@@ -290,7 +307,7 @@ def compare(rounds: int, threads: int, genai: Path | None, scratch: Path) -> dic
 
     prefill = {PLAIN: session(files[PREFILL], threads), OURS: session(own[PREFILL], threads)}
     if genai:
-        prefill[GENAI] = session(genai / "model.onnx", threads)
+        prefill[GENAI] = session(genai / "fp32" / "model.onnx", threads)
     peers = [HF, GENAI, PLAIN]
     runs = {HF: hugging_face.prefill(TOKENS)}
     runs |= {name: inputs.prefill(graph, TOKENS) for name, graph in prefill.items()}
@@ -330,9 +347,25 @@ def compare(rounds: int, threads: int, genai: Path | None, scratch: Path) -> dic
         "merged": with_promise(against_best(times, peers, MERGE), times, MERGE, flops),
     }
     genai_graph = prefill.get(GENAI)
+    dense = prefill[OURS]
     del prefill, runs
+    prefill = {OURS: dense, INT4: session(small[PREFILL], threads)}
+    if genai:
+        prefill[GENAI_INT4] = session(genai / "int4" / "model.onnx", threads)
+    runs = {name: inputs.prefill(graph, TOKENS) for name, graph in prefill.items()}
+    runs[INT4_SKIP] = inputs.prefill(prefill[INT4], TOKENS, KEPT)
+    times = measure(runs, rounds, 1, f"int4 prefill of {TOKENS}")
+    result["int4"] = {
+        "decoder_bytes": {OURS: decoder_bytes(bundle), INT4: decoder_bytes(int4)},
+        "prefill_ms": table(times),
+        "dense": against_best(times, [GENAI_INT4, OURS], INT4),
+        "skip": against_best(times, [GENAI_INT4, OURS], INT4_SKIP),
+    }
+    genai_int4 = prefill.get(GENAI_INT4)
+    del prefill, runs, dense
 
-    plain, shared = session(files[DECODE], threads), session(own["shared"], threads)
+    plain, shared = session(files[DECODE], threads), session(own[SHARED], threads)
+    shared_int4 = session(small[SHARED], threads)
     decode: dict[str, Any] = {}
     for cached in CACHED:
         runs = {
@@ -343,9 +376,16 @@ def compare(rounds: int, threads: int, genai: Path | None, scratch: Path) -> dic
         if genai_graph is not None:
             runs[GENAI] = inputs.joined(genai_graph, cached)
             runs[f"{GENAI}, shared K/V"] = inputs.shared(genai_graph, cached)
+        runs[INT4] = inputs.shared(shared_int4, cached)
+        if genai_int4 is not None:
+            runs[GENAI_INT4] = inputs.shared(genai_int4, cached)
         times = measure(runs, rounds, STEPS, f"decode at {cached}")
-        found = against_best(times, [*peers, f"{GENAI}, shared K/V"], OURS)
-        decode[str(cached)] = {"ms": table(times), "dense": found}
+        decode[str(cached)] = {
+            "ms": table(times),
+            "dense": against_best(times, [*peers, f"{GENAI}, shared K/V"], OURS),
+            "int4": against_best(times, [GENAI_INT4, OURS], INT4),
+            "int4 over float32": spread(times[OURS] / times[INT4]),
+        }
     return result | {"decode": decode}
 
 
@@ -357,7 +397,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--genai", type=Path, help="folder of the graph that genai's builder wrote")
+    parser.add_argument("--genai", type=Path, help="folder with fp32/ and int4/ that genai's builder wrote")
     parser.add_argument("--write-model", type=Path, help="only write the model that it is built of")
     arguments = parser.parse_args()
     if arguments.write_model:

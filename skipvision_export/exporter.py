@@ -45,13 +45,25 @@ class TracedModel:
     trace: Trace
     dtype: str
 
-    def write(self, out: Path, config: SkipVisionConfig, force: bool = False) -> Bundle:
-        """Rewrite the graphs for `config` and write a bundle; atomic."""
+    def write(
+        self,
+        out: Path,
+        config: SkipVisionConfig,
+        force: bool = False,
+        weights: str | None = None,
+    ) -> Bundle:
+        """Rewrite the graphs for `config` and write a bundle; atomic.
+
+        weights: what the decoder's matrices become; None leaves them in the traced type.
+        """
+        from skipvision_export.graph.int4 import check_weights, quantize
+        from skipvision_export.graph.passes.int4_weights import Int4WeightsPass
         from skipvision_export.graph.rewrite import rewrite
         from skipvision_export.graph.trace import OPSET
         from skipvision_export.runtime.pipeline import Bundle
 
         check_output(out, force)
+        kind = check_weights(weights, self.dtype)
         family, hf_config = self.source.family, self.source.config
         dims = family.decoder_dims(hf_config)
         visual = family.visual_tokens(hf_config)
@@ -63,6 +75,7 @@ class TracedModel:
             config=config,
             layout=layout,
             summary=_summary_weights(self.source) if layout.summaries else {},
+            int4=Int4WeightsPass(quantize) if weights else None,
         )
         rewritten = rewrite(self.trace, context)
         with atomic_folder(out, force) as folder:
@@ -94,6 +107,7 @@ class TracedModel:
                     image_token_id=family.image_token_id(hf_config),
                 ),
                 dtype=self.dtype,
+                weights=kind,
                 opset=OPSET,
                 graphs={name: infos[name] for name in rewritten.graphs},
                 variants={name: infos[name] for name in rewritten.variants},
@@ -127,20 +141,24 @@ def export(
     config: SkipVisionConfig | None = None,
     *,
     dtype: str = "float32",
+    weights: str | None = None,
     force: bool = False,
     revision: str | None = None,
     progress: Progress = lambda _: None,
 ) -> Bundle:
     """Export a Hugging Face VLM (a folder or a Hub id) to a bundle at `out`.
 
-    config: by default the one that the model was fine-tuned with, which it carries. What can be
-    refused without the weights is refused before they load. Raises ModelError, ConfigError,
+    config: by default the one that the model was fine-tuned with, which it carries. weights: "int4"
+    makes the decoder's matrices MatMulNBits of ONNX Runtime; by default they are of `dtype`. What can
+    be refused without the weights is refused before they load. Raises ModelError, ConfigError,
     OutputError and PassError.
     """
+    from skipvision_export.graph.int4 import check_weights
     from skipvision_export.method.saved import saved_config
 
     out = Path(out)
     check_output(out, force)
+    check_weights(weights, dtype)
     source = resolve_model(model, revision)
     config = config or saved_config(source.folder)
     if config is None:
@@ -148,7 +166,7 @@ def export(
     source.family.layout(source.config, config)
     traced = trace_model(source, dtype, progress)
     progress("rewriting and writing")
-    return traced.write(out, config, force)
+    return traced.write(out, config, force, weights)
 
 
 def _summary_weights(source: ModelSource) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from skipvision_export.benchmark.raster import RasterEncoder
+from skipvision_export.bundle import Manifest
 from skipvision_export.config import SkipVisionConfig
 from skipvision_export.graph.passes.names import VISION
 from skipvision_export.layout import TokenLayout
@@ -31,14 +32,20 @@ class Prompt:
     answer: str | None = None
 
 
+def is_exact(manifest: Manifest) -> bool:
+    """Does a bundle compute with the model's own numbers, nothing rounded?"""
+    return manifest.dtype == "float32" and manifest.weights is None
+
+
 class Contenders:
     """What answers a prompt, each by its method's name.
 
-    For a float32 bundle `dense` and `patched` are the model, `ort`, `ort_all` and `plain` the bundle.
-    For a half type they hold the same rounded weights and compute in float32: the model's weights are
-    rounded, the bundle's graphs widened. Then `original` and `half` are the patched model in float32
-    and wholly in the half type, and `real` is the bundle as it runs; `half_same` and `real_same` read
-    the image features of `original` and `ort`, which must have answered the same prompt before.
+    For a float32 bundle of full weights `dense` and `patched` are the model, `ort`, `ort_all` and
+    `plain` the bundle. For a half type, and for int4 weights, they hold the same rounded weights and
+    compute in float32: the model's weights are rounded, the bundle's graphs widened. Then `original`
+    and `half` are the patched model in float32 and wholly in the half type with the bundle's weights,
+    and `real` is the bundle as it runs; `half_same` and `real_same` read the image features of
+    `original` and `ort`, which must have answered the same prompt before.
 
     A context manager: widened graphs lie in a temporary folder that is removed on exit.
     """
@@ -52,7 +59,8 @@ class Contenders:
     def __init__(self, bundle: Bundle, reference: TorchReference, max_new_tokens: int) -> None:
         """reference: the model in float32 with its own weights."""
         self.bundle, self.reference, self.max_new_tokens = bundle, reference, max_new_tokens
-        self.dtype = bundle.manifest.dtype
+        self.dtype, self.weights = bundle.manifest.dtype, bundle.manifest.weights
+        self.exact = is_exact(bundle.manifest)
         self.orders: list[list[int]] = []
         self._last: dict[str, Transcript] = {}
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -96,14 +104,16 @@ class Contenders:
     @cached_property
     def rounded(self) -> TorchReference:
         """The model with the bundle's weights, computing in float32."""
-        if self.dtype == "float32":
+        if self.exact:
             return self.reference
-        return TorchReference(self.reference.source, weights_dtype=self.dtype)
+        return TorchReference(self.reference.source, weights_dtype=self.dtype, weights=self.weights)
 
     @cached_property
     def in_half(self) -> TorchReference:
-        """The model in the bundle's type."""
-        return TorchReference(self.reference.source, dtype=self.dtype)
+        """The model in the bundle's type, with its weights."""
+        if self.dtype == "float32":
+            return self.rounded
+        return TorchReference(self.reference.source, dtype=self.dtype, weights=self.weights)
 
     def _patched(self, reference: TorchReference, prompt: Prompt, **more: Any) -> Transcript:
         config: SkipVisionConfig = self.bundle.config
@@ -115,7 +125,7 @@ class Contenders:
     def ort(self, prompt: Prompt) -> Transcript:
         """The bundle: as it runs in float32, else widened."""
         inputs = self._placed(prompt)
-        if self.dtype == "float32":
+        if self.exact:
             return self._run(self.wide.generator, inputs)
         self._last["ort"] = self._with_features(self.wide, self._raster, inputs)
         return self._last["ort"]
@@ -131,7 +141,7 @@ class Contenders:
         return self._run(self._everything, inputs, features=features)
 
     def real(self, prompt: Prompt) -> Transcript:
-        """A bundle of a half type as it runs."""
+        """A bundle of a half type or of int4 weights as it runs."""
         return self._with_features(self.bundle, self._real_raster, self._placed(prompt))
 
     def real_same(self, prompt: Prompt) -> Transcript:
@@ -147,7 +157,7 @@ class Contenders:
     @cached_property
     def wide(self) -> Bundle:
         """The bundle's graphs in float32."""
-        if self.dtype == "float32":
+        if self.exact:
             return self.bundle
         self._scratch = tempfile.TemporaryDirectory(prefix="skipvision-widened-")
         return widened(self.bundle, Path(self._scratch.name))

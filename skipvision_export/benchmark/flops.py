@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import onnx
 
+from skipvision_export.graph.passes.int4_weights import OP
 from skipvision_export.layout import TokenLayout
 from skipvision_export.models import DecoderDims
 
@@ -79,12 +80,13 @@ def kv_bytes(dims: DecoderDims, tokens: int, dtype: str = "float32") -> int:
 
 
 def count_flops(model: onnx.ModelProto, sizes: dict[str, int]) -> int:
-    """Count over a graph's MatMul, Gemm and Attention nodes; weights need not be loaded.
+    """Count over a graph's MatMul (MatMulNBits too), Gemm and Attention nodes; weights need not be loaded.
 
     sizes: a number for each named dimension of the inputs, such as {"batch": 1, "sequence": 640}.
     Raises ValueError where a node's shape does not follow from them.
     """
     model = onnx.ModelProto.FromString(model.SerializeToString())
+    _full_matrices(model.graph)
     for value in model.graph.input:
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:
@@ -121,3 +123,15 @@ def count_flops(model: onnx.ModelProto, sizes: dict[str, int]) -> int:
             value_size = shape(node.input[2], node)[3]
             total += 2 * batch * heads * queries * keys * (size + value_size)
     return total
+
+
+def _full_matrices(graph: onnx.GraphProto) -> None:
+    """MatMulNBits as the MatMul it stands for: shape inference does not know the operator."""
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == OP:
+            sizes = {attribute.name: attribute.i for attribute in node.attribute}
+            shape, dtype = [sizes["K"], sizes["N"]], types[node.input[2]]
+            graph.input.append(onnx.helper.make_tensor_value_info(f"{node.output[0]}.full", dtype, shape))
+            full = onnx.helper.make_node("MatMul", [node.input[0], f"{node.output[0]}.full"], node.output)
+            node.CopyFrom(full)

@@ -10,13 +10,14 @@ import numpy as np
 from PIL import Image
 
 from skipvision_export.benchmark.accuracy import normalize
-from skipvision_export.benchmark.contenders import Contenders, Prompt
+from skipvision_export.benchmark.contenders import Contenders, Prompt, is_exact
+from skipvision_export.bundle import Manifest
 from skipvision_export.errors import BackendError
 from skipvision_export.runtime.data import Sample
 from skipvision_export.runtime.generation import Transcript
 from skipvision_export.runtime.pipeline import Bundle
 from skipvision_export.runtime.torch_reference import TorchReference
-from skipvision_export.validation import LIMIT, Gap, compare_precision, compare_steps, layer_rows
+from skipvision_export.validation import INT4_MIN_DB, LIMIT, Gap, compare_precision, compare_steps, layer_rows
 
 Progress = Callable[[str], None]
 
@@ -71,21 +72,27 @@ GAPS: dict[str, tuple[str, ...]] = {
     "backend": ("plain", "ort"),
     "method": ("dense", "patched"),
 }
-HALF_GAPS = GAPS | {
+ROUNDED_GAPS = GAPS | {
     "backend": ("ort", "real_same", "real"),
     "precision": ("original", "half_same", "half"),
 }
-_WIDE = "weights rounded to {dtype} on both sides, computed in float32"
+_WIDE = "weights rounded to {numbers} on both sides, computed in float32"
 NOTES = {
     "backend": "ONNX Runtime CPU, all optimizations against none",
     "method": "reported, not limited",
 }
-HALF_NOTES = NOTES | {"export": _WIDE, "rewrite": _WIDE}
+ROUNDED_NOTES = NOTES | {"export": _WIDE, "rewrite": _WIDE}
 
 
-def gaps_of(dtype: str) -> dict[str, tuple[str, ...]]:
-    """The gaps of a bundle's type, and the contenders of each; `precision` is for half types only."""
-    return GAPS if dtype == "float32" else HALF_GAPS
+def gaps_of(manifest: Manifest) -> dict[str, tuple[str, ...]]:
+    """The gaps of a bundle, and the contenders of each; `precision` is for rounded ones only."""
+    return GAPS if is_exact(manifest) else ROUNDED_GAPS
+
+
+def numbers_of(manifest: Manifest) -> str:
+    """What a bundle's numbers are rounded to, in words."""
+    half = None if manifest.dtype == "float32" else manifest.dtype
+    return " and ".join(filter(None, (half, manifest.weights)))
 
 
 def measure_gaps(
@@ -106,26 +113,27 @@ def measure_gaps(
     backend   the bundle with every ONNX Runtime optimization off against the bundle as it runs
     method    patched PyTorch against dense PyTorch; only reported
 
-    For a bundle of a half type, rounding is measured apart from structure. The export, rewrite and
-    method gaps have the same rounded weights on both sides and compute in float32, the bundle's
-    graphs being widened, so that the limit of float32 holds; and
+    For a bundle of a half type or with int4 weights, rounding is measured apart from structure. The
+    export, rewrite and method gaps have the same rounded weights on both sides and compute in float32,
+    the bundle's graphs being widened, so that the limit of float32 holds; and
 
     backend    the widened graphs against the bundle as it runs, where the provider has kernels for it
-    precision  patched PyTorch in float32 against patched PyTorch wholly in the half type
+    precision  patched PyTorch in float32 against patched PyTorch wholly in the half type, and with the
+               numbers of int4 weights where the bundle has those
 
-    are limited in signal to noise, by `compare_precision`. Both need the model's own weights, as
-    `reference.source` has them; up to three copies of the model are in memory then, and the widened
-    graphs, twice as large as the bundle, in a temporary folder.
+    are limited in signal to noise, by `compare_precision`; what int4 weights cost is only reported.
+    Both need the model's own weights, as `reference.source` has them; up to three copies of the model
+    are in memory then, and the widened graphs, twice as large as the bundle, in a temporary folder.
 
     gaps: names of those to measure, by default all; what only the others need does not run.
     contenders: those to use instead of the bundle's and the reference's own, for tests.
     """
-    dtype = bundle.manifest.dtype
-    table = gaps_of(dtype)
+    manifest, dtype, exact = bundle.manifest, bundle.manifest.dtype, is_exact(bundle.manifest)
+    table = gaps_of(manifest)
     wanted = list(table if gaps is None else gaps)
     found: dict[str, Gap] = {}
     contenders = contenders or Contenders(bundle, reference, max_new_tokens)
-    if dtype != "float32" and "backend" in wanted:
+    if not exact and "backend" in wanted:
         try:
             contenders.check_real()
         except BackendError as error:
@@ -142,10 +150,13 @@ def measure_gaps(
     def gap(name: str) -> Gap:
         sets: list[tuple[Any, ...]] = list(zip(*(made[side] for side in table[name]), strict=True))
         if len(table[name]) == 3:
-            return compare_precision(name, sets, dtype, bundle.manifest.layout.selection_sizes())
-        notes = NOTES if dtype == "float32" else HALF_NOTES
+            found = compare_precision(name, sets, dtype, manifest.layout.selection_sizes())
+            if manifest.weights is not None:
+                found.min_db = INT4_MIN_DB[name]
+            return found
+        notes = NOTES if exact else ROUNDED_NOTES
         limit = None if name == "method" else LIMIT
-        done = compare_steps(name, sets, limit, notes.get(name, "").format(dtype=dtype))
+        done = compare_steps(name, sets, limit, notes.get(name, "").format(numbers=numbers_of(manifest)))
         return _without_kv(done) if name == "method" else done
 
     return ParityReport(

@@ -44,6 +44,7 @@ class BenchRun:
     preset: str
     backend: str
     dtype: str
+    weights: str | None
     vision_ms: float
     prefill_ms: float
     prefill_ms_spread: tuple[float, float]
@@ -138,6 +139,7 @@ def _run(bundle: Bundle, times: Any, kv_tokens: int, settings: BenchSettings, pr
         preset=manifest.preset,
         backend=bundle.backend.name,
         dtype=manifest.dtype,
+        weights=manifest.weights,
         vision_ms=vision,
         prefill_ms=prefill,
         prefill_ms_spread=_spread(times[:, 1]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -115,6 +115,8 @@ class Manifest(VersionedModel):
     """The whole manifest; `load` checks its schema version first.
 
     variants: forms of a graph for one runtime, by `GRAPH.RUNTIME`; each gives what the graph gives.
+    dtype: of the arithmetic, and of the weights unless `weights` says that the decoder's matrices have
+    less bits.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -124,6 +126,7 @@ class Manifest(VersionedModel):
     roles: Roles
     model: ModelInfo
     dtype: str
+    weights: Literal["int4"] | None = None
     opset: int
     graphs: dict[str, GraphInfo]
     variants: dict[str, GraphInfo] = Field(default_factory=dict)

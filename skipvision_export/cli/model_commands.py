@@ -138,6 +138,12 @@ def export(
     summaries: SummariesOption = None,
     pass_through: PassThroughOption = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND", help="int4: the decoder's matrices in 4 bits, for ONNX Runtime; else as --dtype."
+        ),
+    ] = None,
     target: Annotated[str, typer.Option(help="What will run it: onnxruntime.")] = "onnxruntime",
     revision: RevisionOption = None,
     force: ForceOption = False,
@@ -154,6 +160,7 @@ def export(
     """
     from skipvision_export.bundle import check_output
     from skipvision_export.exporter import DTYPES, trace_model
+    from skipvision_export.graph.int4 import check_weights
     from skipvision_export.method.saved import saved_config
     from skipvision_export.models.loading import resolve_model
 
@@ -161,6 +168,7 @@ def export(
         raise ConfigError(f"target {target!r} is not supported; supported: onnxruntime")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    check_weights(weights, dtype)
     check_output(output, force)
     source = resolve_model(model, revision)
     config = choose_config(
@@ -183,6 +191,7 @@ def export(
         "skipped": layout.skipped,
         "layout": [list(run) for run in layout.runs],
         "dtype": dtype,
+        "weights": weights,
     }
     what = f"{config.name}: {result['retained']} visual tokens retained, {result['skipped']} skipped"
     if config.layer_shares is not None:
@@ -192,7 +201,7 @@ def export(
         print(f"would write {output}: {what}")
     else:
         progress = Progress()
-        bundle = trace_model(source, dtype, progress).write(output, config, force)
+        bundle = trace_model(source, dtype, progress).write(output, config, force, weights)
         progress("")
         result["bytes"] = sum(info.bytes for info in bundle.manifest.files.values())
         print(f"wrote {output} ({si(result['bytes'], 'B')}): {what}")

@@ -29,6 +29,8 @@ def rewrite(trace: Trace, context: PassContext) -> Rewritten:
     for name, model in result.graphs.items():
         for each in passes_for(name, context):
             each(model)
+            # What a pass leaves unused would still look like a reader to the next.
+            common.RemoveUnusedNodesPass()(model)
         for runtime, passes in variants_for(name).items():
             variant = model.clone()
             if all([each(variant).modified for each in passes]):

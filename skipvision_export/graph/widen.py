@@ -1,4 +1,4 @@
-"""A half-precision graph with every number in float32: the same structure, without the rounding."""
+"""A graph with every number it computes in float32: the same structure, without the rounding."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
+from skipvision_export.graph.passes.int4_weights import EXACT, OP
 from skipvision_export.graph.passes.matching import HALF_TYPES
 
 # Attributes of standard operators whose integer names a type.
@@ -25,8 +26,10 @@ def widen(model: ir.Model) -> ir.Model:
        numbers in float32.
     3. Attributes that name a type, such as `to` of Cast: float32. A Cast that is idle then stays.
     4. Bodies of functions, and graphs inside nodes: the same.
+    5. MatMulNBits takes its activations as floats, where it would round them to 8 bits; its int4
+       weights stay.
 
-    A float32 model comes back as it was, bit for bit.
+    A float32 model of full weights comes back as it was, bit for bit.
     """
     model = model.clone()
     for graph in _graphs(model):
@@ -40,6 +43,8 @@ def widen(model: ir.Model) -> ir.Model:
             for attribute in node.attributes.values():
                 if (wide := _wide_attribute(node, attribute)) is not None:
                     node.attributes[attribute.name] = wide
+            if node.op_type == OP:
+                node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", EXACT)
     return model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,10 @@ from typing import Any
 from skipvision_export.errors import ModelError
 from skipvision_export.models.registry import ModelFamily, family_of
 
+# How NVIDIA ModelOpt and others name the scales beside a quantized weight.
+_QUANTIZED = re.compile(
+    r"_quantizer\.|\.(weight|input|output|k|v)_scale(_inv|_2)?$|\.(qweight|qzeros|absmax)$"
+)
 _COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -71,13 +76,14 @@ def resolve_model(model: str | Path, revision: str | None = None) -> ModelSource
 def load_model(source: ModelSource, dtype: str = "float32") -> Any:
     """The model in evaluation mode on the CPU, weights checked to be finite.
 
-    Raises ModelError for missing, truncated or non-finite weights.
+    Raises ModelError for missing, truncated, quantized or non-finite weights.
     """
     import torch
     from transformers import AutoModelForImageTextToText
 
     if not any(source.folder.glob("*.safetensors")):
         raise ModelError(f"{source.folder} has no *.safetensors weights")
+    _check_full(source)
     loader: Any = AutoModelForImageTextToText
     try:
         with quiet():
@@ -99,6 +105,31 @@ def load_model(source: ModelSource, dtype: str = "float32") -> Any:
                 f"hide it{' (numbers over 65504 need bfloat16)' if dtype == 'float16' else ''}"
             )
     return model.eval()
+
+
+def _check_full(source: ModelSource) -> None:
+    """Raise ModelError for a checkpoint that is quantized already: loading it would drop the scales."""
+    method = getattr(source.config, "quantization_config", None)
+    if method is not None:
+        name = method.get("quant_method", "unknown") if isinstance(method, dict) else type(method).__name__
+        found = f"config.json has a quantization_config ({name})"
+    else:
+        name = next((key for key in _tensor_names(source.folder) if _QUANTIZED.search(key)), None)
+        found = f"its weights hold {name}"
+    if name is not None:
+        raise ModelError(
+            f"{source.folder} is quantized already: {found}; give the model as it was before, and quantize "
+            "its export (export --weights int4)"
+        )
+
+
+def _tensor_names(folder: Path) -> Iterator[str]:
+    """Names in the headers of the weight files; none of a file that has no readable header."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with contextlib.suppress(SafetensorError, OSError), safe_open(file, "pt") as weights:
+            yield from weights.keys()
 
 
 def load_processor(folder: Path) -> Any:

@@ -15,7 +15,7 @@ from skipvision_export.models.loading import ModelSource, load_model, load_proce
 from skipvision_export.runtime.generation import Transcript
 from skipvision_export.runtime.pipeline import eos_tokens
 from skipvision_export.runtime.prompt import PromptInputs, prepare
-from skipvision_export.runtime.rounded import load_rounded
+from skipvision_export.runtime.rounded import load_in_int4, load_rounded
 
 
 class TorchReference:
@@ -28,15 +28,20 @@ class TorchReference:
         *,
         dtype: str = "float32",
         weights_dtype: str | None = None,
+        weights: str | None = None,
     ) -> None:
         """model: an already loaded one, else it is loaded.
 
         dtype: what a loaded model holds and computes in; weights_dtype: a half type that its weights
-        are rounded to before they compute in float32. Raises ModelError as loading does.
+        are rounded to before they compute in float32; weights: "int4" where the decoder's matrices are
+        rounded to that too. Raises ModelError as loading does.
         """
         self.source = source
         if model is None:
-            model = load_rounded(source, weights_dtype) if weights_dtype else load_model(source, dtype)
+            if weights_dtype:
+                model = load_rounded(source, weights_dtype, weights)
+            else:
+                model = (load_in_int4 if weights else load_model)(source, dtype)
         self.model = model
         self.processor = load_processor(source.folder)
         self.visual_tokens = source.family.visual_tokens(source.config)

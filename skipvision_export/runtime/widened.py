@@ -1,4 +1,4 @@
-"""A half-precision bundle's graphs in float32, for comparisons that rounding must not blur."""
+"""A bundle's graphs computing in float32, for comparisons that rounding must not blur."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from skipvision_export.runtime.pipeline import Bundle
 
 
 def widened(bundle: Bundle, folder: Path) -> Bundle:
-    """Write the bundle's graphs to `folder` with every half type widened to float32.
+    """Write the bundle's graphs to `folder` with every half type and every activation in float32.
 
     What comes back runs graphs; the processor's files stay with the bundle itself. Twice the
     bundle's bytes on disk.

@@ -66,6 +66,11 @@ def plan(bundle: Path, recipe: Recipe, library: Path | None = None, elsewhere: b
             f"{bundle} is {manifest.dtype}, recipe {recipe.name} builds {', '.join(recipe.precision)}; "
             f"export again with --dtype {recipe.precision[0]}"
         )
+    if manifest.weights is not None:
+        raise ConfigError(
+            f"{bundle} has {manifest.weights} weights as ONNX Runtime's MatMulNBits, which TensorRT does not "
+            "know; export again without --weights"
+        )
     source = resolve_model(bundle)
     family, text = source.family, source.config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)

@@ -2,9 +2,16 @@
 
 from skipvision_export.validation.compare import TensorGap, tensor_gap, worst
 from skipvision_export.validation.gaps import LIMIT, Choice, Gap, compare_steps, layer_rows
-from skipvision_export.validation.precision import MIN_CHOICE, MIN_DB, compare_precision, same_choice
+from skipvision_export.validation.precision import (
+    INT4_MIN_DB,
+    MIN_CHOICE,
+    MIN_DB,
+    compare_precision,
+    same_choice,
+)
 
 __all__ = [
+    "INT4_MIN_DB",
     "LIMIT",
     "MIN_CHOICE",
     "MIN_DB",

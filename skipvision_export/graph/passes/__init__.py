@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from skipvision_export.config import SkipVisionConfig
 from skipvision_export.graph.passes.half_rotary import HalfRotaryPass
+from skipvision_export.graph.passes.int4_weights import Int4WeightsPass
 from skipvision_export.graph.passes.kv_prune import KVPrunePass
 from skipvision_export.graph.passes.last_layer import LastLayerPass
 from skipvision_export.graph.passes.lay_out import LayOutPass, Weights
@@ -24,9 +25,10 @@ from skipvision_export.layout import TokenLayout
 
 @dataclass(frozen=True)
 class PassContext:
-    """What passes have to know about the model and the method: numbers only.
+    """What passes have to know about the model and the method.
 
-    summary: weights of the summary tokens, see LayOutPass; empty where the layout has none.
+    summary: weights of the summary tokens, see LayOutPass; empty where the layout has none. int4: the
+    pass that both decoder graphs go through where their weights become int4.
     """
 
     num_layers: int
@@ -35,6 +37,7 @@ class PassContext:
     config: SkipVisionConfig
     layout: TokenLayout
     summary: Weights = field(default_factory=dict)
+    int4: Int4WeightsPass | None = None
 
 
 def passes_for(graph: str, context: PassContext) -> list[ir.passes.InPlacePass]:
@@ -42,9 +45,11 @@ def passes_for(graph: str, context: PassContext) -> list[ir.passes.InPlacePass]:
 
     The last layer's rows go before Skip-FFN, which splits what is left of its FFN another way, and
     after the strict mask, which has a row for each query. Skip-FFN comes before anything that would
-    fuse the residual Add away. KV-prune comes last: it renames the graph's outputs.
+    fuse the residual Add away. KV-prune comes after those that look at the graph's outputs: it renames
+    them. int4 weights come last: no other pass knows their operator.
     """
     config, layout = context.config, context.layout
+    int4 = [context.int4] if context.int4 else []
     tiers = [layout.layer_tier(layer) for layer in range(context.num_layers)]
     passes: dict[str, list[ir.passes.InPlacePass]] = {
         VISION: [
@@ -58,8 +63,9 @@ def passes_for(graph: str, context: PassContext) -> list[ir.passes.InPlacePass]:
             LastLayerPass(),
             SkipFFNPass(tiers),
             KVPrunePass(context.num_layers),
+            *int4,
         ],
-        DECODE: [HalfRotaryPass(), NativeGQAPass()],
+        DECODE: [HalfRotaryPass(), NativeGQAPass(), *int4],
     }
     return passes[graph]
 

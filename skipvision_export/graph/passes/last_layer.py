@@ -11,8 +11,8 @@ from onnx_ir import tape
 
 from skipvision_export.graph.passes.matching import constant_ints, has_input, require
 from skipvision_export.graph.passes.names import FFN_INDEX
-from skipvision_export.graph.passes.regions import is_constant
-from skipvision_export.graph.passes.rowwise import RANK, is_rowwise
+from skipvision_export.graph.passes.regions import is_constant, residual_branches
+from skipvision_export.graph.passes.rowwise import RANK, is_rowwise, rank
 
 # A value and the axis along which its tokens lie.
 Rows = tuple[ir.Value, int]
@@ -35,8 +35,9 @@ class LastLayerPass(ir.passes.InPlacePass):
     4. Attention over [B, H, S, Dh] with its queries' axis; the mask's follows. Not with is_causal,
        which would take the one query for the first.
 
-    What such a node reads from elsewhere is cut there. A graph whose head reads more than the last
-    position is left as it is. Run after StrictMask, whose mask has a row for each query.
+    What such a node reads from elsewhere is cut there. Left as it is: a graph whose head reads more than
+    the last position, and one with an FFN that cannot be cut whole. Run after StrictMask, whose mask
+    has a row for each query.
     """
 
     def requires(self, model: ir.Model) -> None:
@@ -48,7 +49,7 @@ class LastLayerPass(ir.passes.InPlacePass):
         graph = model.graph
         last = next((node for node in graph if _is_last_position(node)), None)
         region = _region(graph, last) if last is not None else []
-        if last is None or not region:
+        if last is None or not region or _cuts_a_branch(graph, {row.node for row in region}):
             return ir.passes.PassResult(model, modified=False)
         inside = {row.node.outputs[0] for row in region}
         sliced: dict[Rows, ir.Value] = {}
@@ -64,6 +65,12 @@ class LastLayerPass(ir.passes.InPlacePass):
         ir.convenience.replace_all_uses_with(last.outputs[0], last.inputs[0])
         graph.remove(last, safe=True)
         return ir.passes.PassResult(model, modified=True)
+
+
+def _cuts_a_branch(graph: ir.Graph, inside: set[ir.Node]) -> bool:
+    """Is a part of an FFN inside, where another is not? SkipFFN would no longer know it for one."""
+    branches = ({*branch.nodes, branch.add} for branch in residual_branches(graph))
+    return any(nodes & inside and not nodes <= inside for nodes in branches)
 
 
 def _is_last_position(node: ir.Node) -> bool:
@@ -115,23 +122,24 @@ def _region(graph: ir.Graph, last: ir.Node) -> list[_OneRow]:
 
 def _reads(node: ir.Node, axis: int) -> dict[int, int] | None:
     """Which inputs have tokens, along which axis, where the output's lie along `axis`; None: unknown."""
-    shape = node.outputs[0].shape
-    if shape is None:
+    out = node.outputs[0]
+    axes = rank(out)
+    if axes is None:
         return None
-    rank = len(shape)
     if node.op_type == "Attention":
-        return _attention_reads(node) if (rank, axis) == (4, 2) else None
+        return _attention_reads(node) if (axes, axis) == (4, 2) else None
     if node.op_type == "RotaryEmbedding":
-        tables = len(node.inputs) == 3 and (rank, axis) == (4, 2)
+        tables = len(node.inputs) == 3 and (axes, axis) == (4, 2)
         return {0: 2, 1: 1, 2: 1} if tables else None
     if node.op_type == "Transpose":
-        perm = node.attributes.get_ints("perm", tuple(reversed(range(rank))))
+        perm = node.attributes.get_ints("perm", tuple(reversed(range(axes))))
         return {0: perm[axis]}
     if node.op_type == "Reshape":
-        before = node.inputs[0].shape if node.inputs[0] is not None else None
-        same = before is not None and list(before[:2]) == list(shape[:2]) and axis == 1
-        return {0: 1} if same and all(isinstance(size, int) for size in shape[2:]) else None
-    if (rank, axis) == (RANK, 1) and is_rowwise(node):
+        before, after = node.inputs[0].shape if node.inputs[0] is not None else None, out.shape
+        if before is None or after is None or axis != 1 or list(before[:2]) != list(after[:2]):
+            return None
+        return {0: 1} if all(isinstance(size, int) for size in after[2:]) else None
+    if (axes, axis) == (RANK, 1) and is_rowwise(node):
         return {i: 1 for i, v in enumerate(node.inputs) if v is not None and not is_constant(v)}
     return None
 
@@ -170,9 +178,9 @@ def _ints(graph: ir.Graph, before: ir.Node, *numbers: int) -> ir.Value:
 def _one_row(graph: ir.Graph, row: _OneRow) -> None:
     """The shape of an output that now has one position; a Reshape names its sizes itself."""
     node, out = row.node, row.node.outputs[0]
-    assert out.shape is not None
-    out.shape = _with_one(out.shape, row.axis)
-    if node.op_type == "Reshape":
+    if out.shape is not None:
+        out.shape = _with_one(out.shape, row.axis)
+    if node.op_type == "Reshape" and out.shape is not None:
         # 0 copies the batch. The shape that stood there names all positions; other layers share it.
         sizes = [0, *map(int, out.shape[1:])]  # type: ignore[arg-type]
         node.replace_input_with(1, _ints(graph, node, *sizes))

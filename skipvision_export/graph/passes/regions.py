@@ -31,16 +31,29 @@ def module_path(node: ir.Node) -> str:
     return names[-2] if len(names) > 1 else (names[-1] if names else str(node.name))
 
 
+# What stands between a stored weight and the product that reads it in a quantized model.
+_OF_WEIGHTS = frozenset(("QuantizeLinear", "DequantizeLinear", "Transpose", "Cast"))
+
+
 def is_constant(value: ir.Value) -> bool:
-    """An initializer that is no graph input, or the output of a Constant node."""
+    """An initializer that is no graph input, the output of a Constant node, or a weight made of those.
+
+    Such a weight goes through QuantizeLinear and DequantizeLinear, Transpose and Cast only.
+    """
     if value.is_initializer():
         return not value.is_graph_input()
     producer = value.producer()
-    return producer is not None and producer.op_type == "Constant"
+    if producer is None or producer.domain != "":
+        return False
+    if producer.op_type in _OF_WEIGHTS:
+        return all(part is None or is_constant(part) for part in producer.inputs)
+    return producer.op_type == "Constant"
 
 
 def residual_branches(graph: ir.Graph) -> list[Branch]:
     """Every Add of a trunk and a region that depends on that trunk alone, in graph order.
+
+    What makes a constant of constants is not among a region's nodes.
 
     Attention branches also take the mask and the positions, so they are not among them.
     """

@@ -3,6 +3,9 @@
 A value is "row-wise" if it is [B, S, ...] (axis 0 batch, axis 1 tokens, rank 3) and its row (b, s)
 is a function of row (b, s) of the region's input only. Every node's rule either derives that for
 its outputs or raises; there is no default that lets an unknown operator through.
+
+Static quantization of activations acts on each number alone, so QuantizeLinear and DequantizeLinear
+pass with scales that are constants; DynamicQuantizeLinear, whose scale is that of all tokens, does not.
 """
 
 from __future__ import annotations
@@ -51,13 +54,23 @@ def prove_rowwise(nodes: Iterable[ir.Node], source: ir.Value, what: str) -> None
 def is_rowwise(node: ir.Node) -> bool:
     """Does one node act on each token alone, where all of its inputs but constants are row-wise?"""
     sources = {value for value in node.inputs if value is not None and not is_constant(value)}
-    if any(value.shape is None or len(value.shape) != RANK for value in sources):
+    if any(rank(value) != RANK for value in sources):
         return False
     try:
         _rule(node)(node, sources)
     except _NotRowwiseError:
         return False
     return True
+
+
+def rank(value: ir.Value) -> int | None:
+    """Number of axes; of a value without a shape, that of what it is quantized from."""
+    if value.shape is not None:
+        return len(value.shape)
+    producer = value.producer()
+    source = producer.inputs[0] if producer is not None else None
+    follows = producer is not None and producer.op_type in ("QuantizeLinear", "DequantizeLinear")
+    return rank(source) if follows and source is not None else None
 
 
 def _rule(node: ir.Node) -> Callable[[ir.Node, set[ir.Value]], None]:
@@ -130,6 +143,31 @@ def _reduce(node: ir.Node, rowwise: set[ir.Value]) -> None:
         _last_axis(node, axis)
 
 
+def _quantize(node: ir.Node, rowwise: set[ir.Value]) -> None:
+    """Static scales: one number, or one for each feature; the same for every token."""
+    if node.inputs[0] not in rowwise:
+        raise _NotRowwiseError("quantizes something else than the tokens")
+    for value in node.inputs[1:]:
+        if value is None:
+            continue
+        if not is_constant(value):
+            raise _NotRowwiseError(
+                f"takes {value.name}, which is no constant: a scale that is computed from the tokens mixes "
+                "them; quantize with static scales"
+            )
+        shape = _constant_shape(value)
+        if len(shape) > 1:
+            raise _NotRowwiseError(f"takes {value.name} of shape {shape}: blocks of an activation")
+        if shape and shape != [1]:
+            _last_axis(node, node.attributes.get_int("axis", 1))
+
+
+def _dynamic(node: ir.Node, rowwise: set[ir.Value]) -> None:
+    raise _NotRowwiseError(
+        "computes one scale from all tokens, which mixes them; quantize with static scales"
+    )
+
+
 _RULES: dict[str, Callable[[ir.Node, set[ir.Value]], None]] = {
     "MatMul": _matmul,
     "LayerNormalization": _norm,
@@ -140,6 +178,9 @@ _RULES: dict[str, Callable[[ir.Node, set[ir.Value]], None]] = {
     "Split": _split,
     "Concat": _concat,
     "Slice": _slice,
+    "QuantizeLinear": _quantize,
+    "DequantizeLinear": _quantize,
+    "DynamicQuantizeLinear": _dynamic,
 }
 
 
@@ -149,6 +190,17 @@ def _last_axis(node: ir.Node, axis: int) -> None:
 
 
 def _constant_shape(value: ir.Value) -> list[int]:
+    """Of a constant; without shape inference too for what makes one (see `is_constant`)."""
+    if value.shape is None and (producer := value.producer()) is not None and is_constant(value):
+        if producer.op_type == "Constant":
+            held = ir.convenience.get_const_tensor(value)
+            return [int(size) for size in held.numpy().shape] if held is not None else []
+        assert producer.inputs[0] is not None
+        shape = _constant_shape(producer.inputs[0])
+        if producer.op_type != "Transpose":
+            return shape
+        order = producer.attributes.get_ints("perm", list(reversed(range(len(shape)))))
+        return [shape[axis] for axis in order or []]
     if value.shape is None or not all(isinstance(size, int) for size in value.shape):
         raise _NotRowwiseError(f"takes {value.name}, whose shape is not known")
     return [int(size) for size in value.shape]  # type: ignore[arg-type]

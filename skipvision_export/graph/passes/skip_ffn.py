@@ -26,7 +26,8 @@ class SkipFFNPass(ir.passes.InPlacePass):
 
     Cases:
     1. A residual branch that depends on X alone and multiplies by a constant matrix is an FFN; it
-       is proved to act row by row (see `rowwise`), then split.
+       is proved to act row by row (see `rowwise`), then split. Weights and activations may be
+       quantized with static scales: QuantizeLinear and DequantizeLinear stay where they are.
     2. An FFN with an operator that mixes tokens, or that no rule covers: PassError names the node.
     3. A branch that also takes the mask, positions or a cache is attention: left alone.
     4. No FFN, or another number than the model has layers: PassError.
