@@ -17,7 +17,6 @@ from skipvision_export.bundle import (
     atomic_folder,
     check_output,
     file_table,
-    sha256_of,
     write_graphs,
 )
 from skipvision_export.config import SkipVisionConfig
@@ -25,6 +24,7 @@ from skipvision_export.errors import ConfigError, ModelError
 from skipvision_export.graph.passes import PassContext
 from skipvision_export.graph.passes.names import DECODE, PREFILL
 from skipvision_export.models.loading import ModelSource, copy_companions, load_model, resolve_model
+from skipvision_export.models.reader import SourceReader
 
 if TYPE_CHECKING:
     from skipvision_export.graph.trace import Trace
@@ -38,7 +38,10 @@ Progress = Callable[[str], None]
 
 @dataclass
 class TracedModel:
-    """A model and its untouched graphs, from which bundles of any configuration are written."""
+    """A model and its untouched graphs, from which bundles of any configuration are written.
+
+    model: the loaded model, or None where the graphs refer to the checkpoint's weights.
+    """
 
     source: ModelSource
     model: Any
@@ -66,14 +69,15 @@ class TracedModel:
         )
         graphs = rewrite(self.trace, context).graphs
         with atomic_folder(out, force) as folder:
-            infos = write_graphs(graphs, folder, (PREFILL, DECODE), "decoder.onnx_data")
+            weights = SourceReader(self.source.folder)
+            written = write_graphs(graphs, folder, (PREFILL, DECODE), "decoder.onnx_data", weights)
             copy_companions(self.source.folder, folder)
             manifest = Manifest(
                 source=SourceInfo(
                     name=self.source.name,
                     family=family.name,
-                    architecture=type(self.model).__name__,
-                    sha256=source_hash(self.source),
+                    architecture=self.source.architecture,
+                    sha256=weights.sha256,
                 ),
                 preset=config.name,
                 config=config.to_json(),
@@ -93,9 +97,9 @@ class TracedModel:
                 ),
                 dtype=self.dtype,
                 opset=OPSET,
-                graphs=infos,
+                graphs=written.graphs,
                 tools={tool: version(tool) for tool in _TOOLS},
-                files=file_table(folder),
+                files=file_table(folder, written.files),
             )
             text = manifest.model_dump_json(indent=1)
             (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
@@ -108,14 +112,35 @@ def trace_model(
     """Load the weights and trace the unpatched model, once for any number of bundles."""
     from skipvision_export.graph.trace import trace
 
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    # Before the long part: a summary that does not fit is refused here.
-    _summary_weights(source)
+    _check(source, dtype)
     progress("loading weights")
     model = load_model(source, dtype)
     steps = trace(model, source.family, lambda graph: progress(f"tracing {graph}"))
     return TracedModel(source, model, steps, dtype)
+
+
+def trace_skeleton(
+    source: ModelSource, dtype: str = "float32", progress: Progress = lambda _: None
+) -> TracedModel:
+    """The same graphs without loading the weights: they stay in the checkpoint until `write`.
+
+    Takes a few seconds and some hundred megabytes, however large the model is.
+    """
+    from skipvision_export.graph.trace import trace
+    from skipvision_export.models.skeleton import load_skeleton
+
+    _check(source, dtype)
+    progress("laying out the model")
+    skeleton = load_skeleton(source, dtype)
+    steps = trace(skeleton.model, source.family, lambda graph: progress(f"tracing {graph}"), skeleton.weights)
+    return TracedModel(source, None, steps, dtype)
+
+
+def _check(source: ModelSource, dtype: str) -> None:
+    """What can be refused before the long part, such as a summary that does not fit."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    _summary_weights(source)
 
 
 def export(
@@ -143,7 +168,7 @@ def export(
     if config is None:
         raise ConfigError(f"{model} carries no configuration of its own; give one, such as a preset")
     source.family.layout(source.config, config)
-    traced = trace_model(source, dtype, progress)
+    traced = trace_skeleton(source, dtype, progress)
     progress("rewriting and writing")
     return traced.write(out, config, force)
 
@@ -166,4 +191,4 @@ def _summary_weights(source: ModelSource) -> dict[str, Any]:
 
 def source_hash(source: ModelSource) -> str:
     """sha256 over config.json and the weights."""
-    return sha256_of(source.folder / "config.json", *sorted(source.folder.glob("*.safetensors")))
+    return SourceReader(source.folder).sha256

@@ -153,7 +153,7 @@ def export(
     Example: skipvision export llava-hf/llava-1.5-7b-hf -o bundle --preset skip-75
     """
     from skipvision_export.bundle import check_output
-    from skipvision_export.exporter import DTYPES, trace_model
+    from skipvision_export.exporter import DTYPES, trace_skeleton
     from skipvision_export.method.saved import saved_config
     from skipvision_export.models.loading import resolve_model
 
@@ -192,7 +192,7 @@ def export(
         print(f"would write {output}: {what}")
     else:
         progress = Progress()
-        bundle = trace_model(source, dtype, progress).write(output, config, force)
+        bundle = trace_skeleton(source, dtype, progress).write(output, config, force)
         progress("")
         result["bytes"] = sum(info.bytes for info in bundle.manifest.files.values())
         print(f"wrote {output} ({si(result['bytes'], 'B')}): {what}")
