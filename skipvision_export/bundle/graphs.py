@@ -152,8 +152,8 @@ def _externalize(places: list[tuple[ir.Model, _DataFile]], source: SourceReader 
                 data.refer(value, key)
     if waiting:
         assert source is not None
-        for stored, content in source.tensors(waiting.keys()):
-            for tensor, data in waiting[stored]:
-                data.append(tensor.identity, tensor.blocks(content))
-    for value, key, data in later:
-        data.refer(value, key)
+        for stored, stored_bytes in source.tensors(waiting.keys()):
+            for weight, data in waiting[stored]:
+                data.append(weight.identity, weight.blocks(stored_bytes))
+    for value, identity, data in later:
+        data.refer(value, identity)

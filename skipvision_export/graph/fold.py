@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 from onnxscript import optimizer
-from torch import nn
+from torch import Tensor, nn
 
 from skipvision_export.models.weights import WeightTensor
 
@@ -35,7 +35,7 @@ class Weights:
     def of(self, value: ir.Value) -> WeightTensor | None:
         """The weight that an initializer of the exporter stands for; None for a buffer or constant."""
         raw = getattr(value.const_value, "raw", None)
-        return self._by_place.get(raw.data_ptr()) if hasattr(raw, "data_ptr") else None
+        return self._by_place.get(raw.data_ptr()) if isinstance(raw, Tensor) else None
 
     def of_layer(self, layers: nn.Module) -> Callable[[WeightTensor, int], WeightTensor]:
         """A function from a weight of any of `layers` to the same one of the layer of a number."""

@@ -156,9 +156,9 @@ def _copy(graph: ir.Graph, last: _Layer, end: _Layer, rules: _Rules) -> _Layer:
         new[source] = end.nodes[i].outputs[k]
     nodes = []
     for node in last.nodes:
-        for value in node.inputs:
-            if value is not None and value not in new:
-                new[value] = rules.outside(graph, value)
+        for taken in node.inputs:
+            if taken is not None and taken not in new:
+                new[taken] = rules.outside(graph, taken)
         copy = ir.Node(
             node.domain,
             node.op_type,

@@ -42,10 +42,10 @@ def load_skeleton(source: ModelSource, dtype: str) -> Skeleton:
     model = load_state(source, dtype, state)
     weights = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        tensor = stored.get(parameter.data_ptr())
-        if tensor is None:
+        found = stored.get(parameter.data_ptr())
+        if found is None:
             raise ModelError(
                 f"weight {name} is no single tensor of {source.folder}, which this version cannot stream"
             )
-        weights[name] = WeightTensor(name, tensor, dtype)
+        weights[name] = WeightTensor(name, found, dtype)
     return Skeleton(model, weights, checkpoint)

@@ -70,7 +70,7 @@ class WeightTensor(ir.LazyTensor):
             stream.seek(self.stored.offset)
             data = np.fromfile(stream, np.uint8, self.stored.nbytes)
         array = np.concatenate(list(self.blocks(data))).view(self.dtype.numpy())
-        return ir.tensor(array.reshape([int(size) for size in self.shape]), name=self.name)
+        return ir.tensor(array.reshape(self.shape.numpy()), name=self.name)
 
 
 _ONNX = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "float64": "DOUBLE"}
