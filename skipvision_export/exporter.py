@@ -16,6 +16,7 @@ from skipvision_export.bundle import (
     SourceInfo,
     atomic_folder,
     check_output,
+    check_room,
     file_table,
     write_graphs,
 )
@@ -23,6 +24,7 @@ from skipvision_export.config import SkipVisionConfig
 from skipvision_export.errors import ConfigError, ModelError
 from skipvision_export.graph.passes import PassContext
 from skipvision_export.graph.passes.names import DECODE, PREFILL
+from skipvision_export.models.checkpoint import Checkpoint
 from skipvision_export.models.loading import ModelSource, copy_companions, load_model, resolve_model
 from skipvision_export.models.reader import SourceReader
 
@@ -168,6 +170,8 @@ def export(
     if config is None:
         raise ConfigError(f"{model} carries no configuration of its own; give one, such as a preset")
     source.family.layout(source.config, config)
+    _check(source, dtype)
+    check_room(Checkpoint.open(source.folder), dtype, out)
     traced = trace_skeleton(source, dtype, progress)
     progress("rewriting and writing")
     return traced.write(out, config, force)

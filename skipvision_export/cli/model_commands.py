@@ -152,9 +152,10 @@ def export(
 
     Example: skipvision export llava-hf/llava-1.5-7b-hf -o bundle --preset skip-75
     """
-    from skipvision_export.bundle import check_output
+    from skipvision_export.bundle import check_output, check_room
     from skipvision_export.exporter import DTYPES, trace_skeleton
     from skipvision_export.method.saved import saved_config
+    from skipvision_export.models.checkpoint import Checkpoint
     from skipvision_export.models.loading import resolve_model
 
     if target != "onnxruntime":
@@ -176,6 +177,7 @@ def export(
         saved=saved_config(source.folder),
     )
     layout = source.family.layout(source.config, config)
+    check_room(Checkpoint.open(source.folder), dtype, output)
     result: dict[str, Any] = {
         "bundle": str(output),
         "preset": config.name,
