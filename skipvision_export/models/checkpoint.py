@@ -28,6 +28,11 @@ class StoredTensor:
     offset: int
     nbytes: int
 
+    @property
+    def is_float(self) -> bool:
+        """Whether it is of a type that weights come in."""
+        return self.dtype in _TYPES.values()
+
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from skipvision_export.errors import ModelError
 from skipvision_export.models.checkpoint import Checkpoint, StoredTensor
 from skipvision_export.models.loading import ModelSource, load_state
 from skipvision_export.models.weights import WeightTensor
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -37,15 +40,29 @@ def load_skeleton(source: ModelSource, dtype: str) -> Skeleton:
     stored: dict[int, StoredTensor] = {}
     state = {}
     for key, tensor in checkpoint.tensors.items():
+        if not tensor.is_float:  # a buffer, such as positions
+            state[key] = _read(tensor)
+            continue
         state[key] = torch.empty([1] * len(tensor.shape), dtype=kind).expand(tensor.shape)
         stored[state[key].data_ptr()] = tensor
     model = load_state(source, dtype, state)
+    for _, buffer in model.named_buffers():
+        if buffer.data_ptr() in stored:
+            buffer.set_(_read(stored[buffer.data_ptr()]).to(buffer.dtype))
     weights = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         found = stored.get(parameter.data_ptr())
         if found is None:
             raise ModelError(
-                f"weight {name} is no single tensor of {source.folder}, which this version cannot stream"
+                f"weight {name} is no single tensor of numbers in {source.folder}, which export cannot "
+                "stream; expected a checkpoint in float32, float16 or bfloat16 as transformers saves it"
             )
         weights[name] = WeightTensor(name, found, dtype)
     return Skeleton(model, weights, checkpoint)
+
+
+def _read(tensor: StoredTensor) -> torch.Tensor:
+    from safetensors import safe_open
+
+    with safe_open(tensor.file, "pt") as file:
+        return file.get_tensor(tensor.key)  # type: ignore[no-any-return]

@@ -73,8 +73,19 @@ def test_mixed_types_become_one(tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "mixed")
     weights = load_file(folder / "model.safetensors")
     mixed = {k: w.astype(np.float16) if "mlp" in k else w for k, w in weights.items()}
+    # Older checkpoints hold this buffer too.
+    place = next(key for key in weights if key.endswith("position_embedding.weight"))
+    mixed[place.replace("position_embedding.weight", "position_ids")] = np.arange(65)[None]
     save_file(mixed, folder / "model.safetensors", {"format": "pt"})
     assert exported(folder, tmp_path)[1].passed
+
+
+def test_quantized_weights_are_refused(capsys, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    name = next(key for key in weights if key.endswith("layers.1.mlp.up_proj.weight"))
+    save_file(weights | {name: weights[name].astype(np.int8)}, folder / "model.safetensors", {"format": "pt"})
+    refused(capsys, "up_proj.weight is no", "export", folder, "-o", tmp_path / "out", "--dense")
 
 
 def claim(folder, count, nbytes):
