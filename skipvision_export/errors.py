@@ -36,6 +36,10 @@ class OutputError(SkipVisionError):
     """An output folder that exists, is full or cannot be written."""
 
 
+class RoomError(SkipVisionError):
+    """Too little memory or disk for what was asked."""
+
+
 class PassError(SkipVisionError):
     """A graph pass that refuses a graph; the message names the node and the reason."""
 

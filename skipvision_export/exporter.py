@@ -16,15 +16,23 @@ from skipvision_export.bundle import (
     SourceInfo,
     atomic_folder,
     check_output,
+    check_room,
     file_table,
-    sha256_of,
     write_graphs,
 )
 from skipvision_export.config import SkipVisionConfig
 from skipvision_export.errors import ConfigError, ModelError
 from skipvision_export.graph.passes import PassContext
 from skipvision_export.graph.passes.names import DECODE, PREFILL
-from skipvision_export.models.loading import ModelSource, copy_companions, load_model, resolve_model
+from skipvision_export.models.checkpoint import Checkpoint
+from skipvision_export.models.loading import (
+    ModelSource,
+    check_full,
+    copy_companions,
+    load_model,
+    resolve_model,
+)
+from skipvision_export.models.reader import SourceReader
 
 if TYPE_CHECKING:
     from skipvision_export.graph.trace import Trace
@@ -38,7 +46,10 @@ Progress = Callable[[str], None]
 
 @dataclass
 class TracedModel:
-    """A model and its untouched graphs, from which bundles of any configuration are written."""
+    """A model and its untouched graphs, from which bundles of any configuration are written.
+
+    model: the loaded model, or None where the graphs refer to the checkpoint's weights.
+    """
 
     source: ModelSource
     model: Any
@@ -81,14 +92,15 @@ class TracedModel:
         with atomic_folder(out, force) as folder:
             models = rewritten.graphs | rewritten.variants
             shared = (PREFILL, DECODE, *rewritten.variants)
-            infos = write_graphs(models, folder, shared, "decoder.onnx_data")
+            reader = SourceReader(self.source.folder)
+            written = write_graphs(models, folder, shared, "decoder.onnx_data", reader)
             copy_companions(self.source.folder, folder)
             manifest = Manifest(
                 source=SourceInfo(
                     name=self.source.name,
                     family=family.name,
-                    architecture=type(self.model).__name__,
-                    sha256=source_hash(self.source),
+                    architecture=self.source.architecture,
+                    sha256=reader.sha256,
                 ),
                 preset=config.name,
                 config=config.to_json(),
@@ -109,10 +121,10 @@ class TracedModel:
                 dtype=self.dtype,
                 weights=kind,
                 opset=OPSET,
-                graphs={name: infos[name] for name in rewritten.graphs},
-                variants={name: infos[name] for name in rewritten.variants},
+                graphs={name: written.graphs[name] for name in rewritten.graphs},
+                variants={name: written.graphs[name] for name in rewritten.variants},
                 tools={tool: version(tool) for tool in _TOOLS},
-                files=file_table(folder),
+                files=file_table(folder, written.files),
             )
             text = manifest.model_dump_json(indent=1)
             (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
@@ -125,14 +137,36 @@ def trace_model(
     """Load the weights and trace the unpatched model, once for any number of bundles."""
     from skipvision_export.graph.trace import trace
 
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    # Before the long part: a summary that does not fit is refused here.
-    _summary_weights(source)
+    _check(source, dtype)
     progress("loading weights")
     model = load_model(source, dtype)
     steps = trace(model, source.family, lambda graph: progress(f"tracing {graph}"))
     return TracedModel(source, model, steps, dtype)
+
+
+def trace_skeleton(
+    source: ModelSource, dtype: str = "float32", progress: Progress = lambda _: None
+) -> TracedModel:
+    """The same graphs without loading the weights: they stay in the checkpoint until `write`.
+
+    Takes a few seconds and some hundred megabytes, however large the model is.
+    """
+    from skipvision_export.graph.trace import trace
+    from skipvision_export.models.skeleton import load_skeleton
+
+    _check(source, dtype)
+    progress("laying out the model")
+    skeleton = load_skeleton(source, dtype)
+    steps = trace(skeleton.model, source.family, lambda graph: progress(f"tracing {graph}"), skeleton.weights)
+    return TracedModel(source, None, steps, dtype)
+
+
+def _check(source: ModelSource, dtype: str) -> None:
+    """What can be refused before the long part, such as a summary that does not fit."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    check_full(source)
+    _summary_weights(source)
 
 
 def export(
@@ -164,7 +198,9 @@ def export(
     if config is None:
         raise ConfigError(f"{model} carries no configuration of its own; give one, such as a preset")
     source.family.layout(source.config, config)
-    traced = trace_model(source, dtype, progress)
+    _check(source, dtype)
+    check_room(Checkpoint.open(source.folder), dtype, out)
+    traced = trace_skeleton(source, dtype, progress)
     progress("rewriting and writing")
     return traced.write(out, config, force, weights)
 
@@ -187,4 +223,4 @@ def _summary_weights(source: ModelSource) -> dict[str, Any]:
 
 def source_hash(source: ModelSource) -> str:
     """sha256 over config.json and the weights."""
-    return sha256_of(source.folder / "config.json", *sorted(source.folder.glob("*.safetensors")))
+    return SourceReader(source.folder).sha256

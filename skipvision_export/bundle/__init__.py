@@ -14,6 +14,7 @@ from skipvision_export.bundle.manifest import (
     sha256_of,
 )
 from skipvision_export.bundle.output import atomic_folder, check_output, check_output_file, write_text
+from skipvision_export.bundle.room import check_room
 
 __all__ = [
     "MANIFEST",
@@ -27,6 +28,7 @@ __all__ = [
     "atomic_folder",
     "check_output",
     "check_output_file",
+    "check_room",
     "file_table",
     "sha256_of",
     "write_graphs",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -181,10 +182,11 @@ def sha256_of(*files: Path) -> str:
     return digest.hexdigest()
 
 
-def file_table(folder: Path) -> dict[str, FileInfo]:
-    """Size and hash of every file under `folder` but the manifest."""
+def file_table(folder: Path, known: Mapping[str, FileInfo] | None = None) -> dict[str, FileInfo]:
+    """Size and hash of every file under `folder` but the manifest; those `known` are not read again."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    names = {file.relative_to(folder).as_posix(): file for file in files}
     return {
-        file.relative_to(folder).as_posix(): FileInfo(bytes=file.stat().st_size, sha256=sha256_of(file))
-        for file in files
+        name: (known or {}).get(name) or FileInfo(bytes=file.stat().st_size, sha256=sha256_of(file))
+        for name, file in names.items()
     }

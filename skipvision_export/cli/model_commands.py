@@ -31,11 +31,18 @@ from skipvision_export.errors import ConfigError
 from skipvision_export.layout import TokenLayout
 
 TextTokens = Annotated[int, typer.Option(min=1, help="Text tokens beside the visual ones.")]
+ImagesOption = Annotated[int, typer.Option(min=0, help="Images of the prompt that memory is stated for.")]
+PromptTokensOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Its tokens in all, visual ones included; by default text and images."),
+]
 
 
 def inspect(
     model: ModelArgument,
     text_tokens: TextTokens = 64,
+    prompt_tokens: PromptTokensOption = None,
+    images: ImagesOption = 1,
     policy: PolicyOption = None,
     retained: RetainedOption = None,
     skipped: SkippedOption = None,
@@ -46,15 +53,16 @@ def inspect(
 
     Reads the configuration only, no weights. FLOPs are those of the decoder's prefill of one prompt
     with one image; K/V bytes are what stays cached after it, in float32; the visual share is what is
-    left of the visual tokens' FLOPs in linear layers. A policy, counts, or the preset that a
-    fine-tuned MODEL carries get a line of their own.
+    left of the visual tokens' FLOPs in linear layers; memory is the peak of a process that prefills one
+    prompt (--images, --prompt-tokens) in ONNX Runtime on the CPU in float32. A policy, counts, or the
+    preset that a fine-tuned MODEL carries get a line of their own.
     """
     from skipvision_export.models.loading import resolve_model
 
     chosen = None
     if policy is not None or retained is not None or skipped is not None:
         chosen = choose_config(policy=policy, retained=retained, skipped=skipped)
-    result = inspection(resolve_model(model, revision), text_tokens, chosen)
+    result = inspection(resolve_model(model, revision), text_tokens, chosen, prompt_tokens, images)
     dense = result["dense"]
     print(
         f"{result['architecture']}: family {result['family']}, {result['num_layers']} decoder layers, "
@@ -62,13 +70,23 @@ def inspect(
     )
     rows = {"dense": dense, **result["presets"]}
     width = max(map(len, rows)) + 2
-    numbers = f"{'retained':>9}{'skipped':>9}{'visual':>8}{'prefill FLOPs':>15}{'':>6}{'K/V bytes':>12}"
+    columns = {
+        "retained": 9,
+        "skipped": 9,
+        "visual": 8,
+        "prefill FLOPs": 15,
+        "": 6,
+        "K/V bytes": 12,
+        "memory": 10,
+    }
+    numbers = "".join(f"{name:>{size}}" for name, size in columns.items())
     print(f"{'preset':<{width}}{numbers}")
     for name, row in rows.items():
         share = row["prefill_flops"] / dense["prefill_flops"]
         print(
             f"{name:<{width}}{row['retained']:>9}{row['skipped']:>9}{row['visual_flops_share']:>8.1%}"
             f"{si(row['prefill_flops']):>15}{share:>6.0%}{si(row['kv_bytes'], 'B'):>12}"
+            f"{si(row['memory_bytes'], 'B'):>10}"
         )
     for why, names in _grouped(result["unsupported"]).items():
         print(f"{', '.join(names)}: {why}")
@@ -83,13 +101,29 @@ def _grouped(unsupported: dict[str, str]) -> dict[str, list[str]]:
     return groups
 
 
-def inspection(source: Any, text_tokens: int, chosen: SkipVisionConfig | None = None) -> dict[str, Any]:
-    """What `inspect` prints, as the contract's JSON object; raises ConfigError if `chosen` does not fit."""
+def inspection(
+    source: Any,
+    text_tokens: int,
+    chosen: SkipVisionConfig | None = None,
+    prompt_tokens: int | None = None,
+    images: int = 1,
+) -> dict[str, Any]:
+    """What `inspect` prints, as the contract's JSON object.
+
+    prompt_tokens and images: the prompt that memory is stated for. Raises ConfigError if `chosen` does
+    not fit, or the images do not fit the prompt.
+    """
     from skipvision_export.benchmark.flops import prefill_cost, visual_flops_share
+    from skipvision_export.benchmark.prediction import peak_memory
     from skipvision_export.method.saved import saved_config
 
     family, config = source.family, source.config
     dims, visual = family.decoder_dims(config), family.most_visual_tokens(config)
+    if prompt_tokens is not None and prompt_tokens < images * visual:
+        raise ConfigError(
+            f"a prompt of {prompt_tokens} tokens cannot hold {images} images of up to {visual} tokens; "
+            f"give --prompt-tokens {images * visual} or more, or fewer --images"
+        )
 
     def row(choice: SkipVisionConfig) -> dict[str, float]:
         return counted(family.layout(config, choice))
@@ -101,6 +135,13 @@ def inspection(source: Any, text_tokens: int, chosen: SkipVisionConfig | None = 
             "skipped": layout.skipped,
             "prefill_flops": cost.prefill_flops,
             "kv_bytes": cost.kv_bytes,
+            "memory_bytes": peak_memory(
+                dims,
+                family.vision_dims(config),
+                layout,
+                prompt_tokens or text_tokens + images * layout.total,
+                images,
+            ),
             "visual_flops_share": visual_flops_share(dims, layout, visual),
         }
 
@@ -119,6 +160,7 @@ def inspection(source: Any, text_tokens: int, chosen: SkipVisionConfig | None = 
         "num_layers": dims.num_layers,
         "visual_tokens": visual,
         "text_tokens": text_tokens,
+        "images": images,
         "dense": counted(TokenLayout((("retained", visual),))),
         "presets": presets,
         "unsupported": unsupported,
@@ -158,11 +200,12 @@ def export(
 
     Example: skipvision export llava-hf/llava-1.5-7b-hf -o bundle --preset skip-75
     """
-    from skipvision_export.bundle import check_output
-    from skipvision_export.exporter import DTYPES, trace_model
+    from skipvision_export.bundle import check_output, check_room
+    from skipvision_export.exporter import DTYPES, trace_skeleton
     from skipvision_export.graph.int4 import check_weights
     from skipvision_export.method.saved import saved_config
-    from skipvision_export.models.loading import resolve_model
+    from skipvision_export.models.checkpoint import Checkpoint
+    from skipvision_export.models.loading import check_full, resolve_model
 
     if target != "onnxruntime":
         raise ConfigError(f"target {target!r} is not supported; supported: onnxruntime")
@@ -184,6 +227,8 @@ def export(
         saved=saved_config(source.folder),
     )
     layout = source.family.layout(source.config, config)
+    check_full(source)
+    check_room(Checkpoint.open(source.folder), dtype, output)
     result: dict[str, Any] = {
         "bundle": str(output),
         "preset": config.name,
@@ -201,7 +246,7 @@ def export(
         print(f"would write {output}: {what}")
     else:
         progress = Progress()
-        bundle = trace_model(source, dtype, progress).write(output, config, force, weights)
+        bundle = trace_skeleton(source, dtype, progress).write(output, config, force, weights)
         progress("")
         result["bytes"] = sum(info.bytes for info in bundle.manifest.files.values())
         print(f"wrote {output} ({si(result['bytes'], 'B')}): {what}")

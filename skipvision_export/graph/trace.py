@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -14,10 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from skipvision_export.graph.clean import clean, name_dims
+from skipvision_export.graph.fold import Weights, optimize_without_weights, settle_small
 from skipvision_export.graph.passes.names import DECODE, EMBED, PREFILL, VISION, present_names
 from skipvision_export.graph.prefill import prefill_from_decode
+from skipvision_export.graph.repeat import TRACED, NotRepeatableError, repeat_layers
 from skipvision_export.graph.wrappers import Decoder, EmbedTokens, VisionEncoder
 from skipvision_export.models import ModelFamily
+from skipvision_export.models.weights import WeightTensor
 
 # Only 23 gives the compact graph: onnxscript gates its Attention, RMSNormalization and
 # RotaryEmbedding fusions on it.
@@ -37,76 +41,130 @@ class Trace:
         return Trace({name: model.clone() for name, model in self.graphs.items()})
 
 
-def trace(model: nn.Module, family: ModelFamily, progress: Progress = lambda _: None) -> Trace:
+def trace(
+    model: nn.Module,
+    family: ModelFamily,
+    progress: Progress = lambda _: None,
+    weights: Mapping[str, WeightTensor] | None = None,
+) -> Trace:
     """Trace vision encoder, embeddings and decoder; prefill is decode with an empty cache.
 
-    Takes a model in evaluation mode on the CPU; its attention is traced through SDPA.
+    Takes a model in evaluation mode on the CPU; its attention is traced through SDPA. With `weights`,
+    by parameter name, the model is a skeleton: its numbers are not looked at, the graphs refer to the
+    weights, and of many equal layers only a few are traced.
     """
     config: Any = model.config
-    dims = family.decoder_dims(config)
-    vision = family.vision_dims(config)
-    visual = family.visual_tokens(config)
-    dtype = next(model.parameters()).dtype
-    dim = torch.export.Dim
-    batch, length, images = dim("batch"), dim("length"), dim("images")
-
-    def floats(*shape: int) -> Tensor:
-        # Not zeros: constant folding of the example must have nothing to see.
-        return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-
-    def ints(*shape: int) -> Tensor:
-        return torch.ones(shape, dtype=torch.int64)
-
+    vision, dims = family.vision_dims(config), family.decoder_dims(config)
+    by_place = Weights(model, weights) if weights is not None else None
     graphs: dict[str, ir.Model] = {}
     with _exporting(model):
         progress("vision encoder")
-        graphs[VISION] = _export(
-            VisionEncoder(model, family),
-            (floats(2, *([3] if family.tiled else []), 3, vision.image_size, vision.image_size),),
-            ({0: images, 1: dim("crops")} if family.tiled else {0: images},),
-            ["pixel_values"],
-            ["image_features"],
-        )
+        layers = family.vision_layers(model)
+        graphs[VISION] = _stack(layers, vision.num_layers, by_place, partial(_vision, model, family), VISION)
         progress("token embeddings")
-        graphs[EMBED] = _export(
-            EmbedTokens(model, family.image_token_id(config)),
-            (ints(2, 5), floats(3, visual, dims.hidden_size)),
-            # A layout may have any number of tokens, and comparisons feed those before it.
-            ({0: batch, 1: length}, {0: images, 1: dim("tokens")}),
-            ["input_ids", "image_features"],
-            ["inputs_embeds"],
-        )
+        graphs[EMBED] = _finished(_embed(model, family, by_place), EMBED)
         progress("decoder")
-        past_length = dim("past_length")
-        # S = 1 cannot be traced (is_causal becomes symbolic), so decode takes any S.
-        past = [floats(2, dims.num_kv_heads, 4, dims.head_dim) for _ in range(2 * dims.num_layers)]
-        graphs[DECODE] = _export(
-            Decoder(model, family),
-            (
-                floats(2, 3, dims.hidden_size),
-                ints(2, 7),
-                torch.arange(4, 7).expand(2, 3).clone(),
-                past,
-            ),
-            (
-                {0: batch, 1: length},
-                {0: batch, 1: torch.export.Dim.DYNAMIC},
-                {0: batch, 1: length},
-                [{0: batch, 2: past_length} for _ in past],
-            ),
-            [
-                "inputs_embeds",
-                "attention_mask",
-                "position_ids",
-                *present_names("past_key_values", dims.num_layers),
-            ],
-            ["logits", *present_names("present", dims.num_layers)],
-        )
-    for name, graph in graphs.items():
-        clean(graph)
-        name_dims(graph, name)
+        layers = family.decoder_layers(model)
+        graphs[DECODE] = _stack(layers, dims.num_layers, by_place, partial(_decode, model, family), DECODE)
+    if by_place is not None:
+        for graph in graphs.values():
+            settle_small(graph)
     graphs[PREFILL] = prefill_from_decode(graphs[DECODE])
     return Trace(graphs)
+
+
+def _stack(
+    layers: nn.ModuleList,
+    used: int,
+    weights: Weights | None,
+    export: Callable[[Weights | None], tuple[nn.Module, ir.Model]],
+    name: str,
+) -> ir.Model:
+    """Trace a graph with layers in it, of which `used` reach its outputs; where it can, not all of them."""
+    if weights is None or used <= TRACED:
+        return _finished(export(weights)[1], name)
+    whole = list(layers)
+    del layers[TRACED:used]
+    try:
+        module, model = export(weights)
+        _finished(model, name)
+        path = next(path for path, child in module.named_modules() if child is layers)
+        repeat_layers(model, path, used, weights.of_layer(layers))
+        return model
+    except NotRepeatableError:
+        del layers[:]
+        layers.extend(whole)
+        return _finished(export(weights)[1], name)
+
+
+def _finished(model: ir.Model, name: str) -> ir.Model:
+    clean(model)
+    name_dims(model, name)
+    return model
+
+
+def _floats(model: nn.Module, *shape: int) -> Tensor:
+    # Not zeros: constant folding of the example must have nothing to see.
+    numbers = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    return numbers.to(next(model.parameters()).dtype)
+
+
+def _ints(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.int64)
+
+
+def _vision(model: nn.Module, family: ModelFamily, weights: Weights | None) -> tuple[nn.Module, ir.Model]:
+    size = family.vision_dims(model.config).image_size
+    images, crops = torch.export.Dim("images"), torch.export.Dim("crops")
+    module = VisionEncoder(model, family)
+    return module, _export(
+        module,
+        (_floats(model, 2, *([3] if family.tiled else []), 3, size, size),),
+        ({0: images, 1: crops} if family.tiled else {0: images},),
+        ["pixel_values"],
+        ["image_features"],
+        weights,
+    )
+
+
+def _embed(model: nn.Module, family: ModelFamily, weights: Weights | None) -> ir.Model:
+    config, dim = model.config, torch.export.Dim
+    features = _floats(model, 3, family.visual_tokens(config), family.decoder_dims(config).hidden_size)
+    return _export(
+        EmbedTokens(model, family.image_token_id(config)),
+        (_ints(2, 5), features),
+        # A layout may have any number of tokens, and comparisons feed those before it.
+        ({0: dim("batch"), 1: dim("length")}, {0: dim("images"), 1: dim("tokens")}),
+        ["input_ids", "image_features"],
+        ["inputs_embeds"],
+        weights,
+    )
+
+
+def _decode(model: nn.Module, family: ModelFamily, weights: Weights | None) -> tuple[nn.Module, ir.Model]:
+    dims, layers = family.decoder_dims(model.config), len(family.decoder_layers(model))
+    batch, length, past_length = (torch.export.Dim(n) for n in ("batch", "length", "past_length"))
+    # S = 1 cannot be traced (is_causal becomes symbolic), so decode takes any S.
+    past = [_floats(model, 2, dims.num_kv_heads, 4, dims.head_dim) for _ in range(2 * layers)]
+    module = Decoder(model, family)
+    return module, _export(
+        module,
+        (
+            _floats(model, 2, 3, dims.hidden_size),
+            _ints(2, 7),
+            torch.arange(4, 7).expand(2, 3).clone(),
+            past,
+        ),
+        (
+            {0: batch, 1: length},
+            {0: batch, 1: torch.export.Dim.DYNAMIC},
+            {0: batch, 1: length},
+            [{0: batch, 2: past_length} for _ in past],
+        ),
+        ["inputs_embeds", "attention_mask", "position_ids", *present_names("past_key_values", layers)],
+        ["logits", *present_names("present", layers)],
+        weights,
+    )
 
 
 @contextlib.contextmanager
@@ -114,16 +172,19 @@ def _exporting(model: nn.Module) -> Iterator[None]:
     """Silence the exporter and trace through SDPA, whatever the model was loaded with."""
     config: Any = model.config
     before = config._attn_implementation
-    quiet = logging.getLogger("torch.onnx")
-    level = quiet.level
+    # The second one warns of every weight that is hidden from it.
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir.passes.common")]
+    levels = [logger.level for logger in loggers]
     try:
         model.set_attn_implementation("sdpa")  # type: ignore[operator]
-        quiet.setLevel(logging.ERROR)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             yield
     finally:
-        quiet.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         model.set_attn_implementation(before)  # type: ignore[operator]
 
 
@@ -133,6 +194,7 @@ def _export(
     dynamic_shapes: tuple[Any, ...],
     inputs: list[str],
     outputs: list[str],
+    weights: Weights | None,
 ) -> ir.Model:
     program = torch.onnx.export(
         module.eval(),
@@ -142,9 +204,11 @@ def _export(
         dynamic_shapes=dynamic_shapes,
         input_names=inputs,
         output_names=outputs,
-        optimize=True,
+        optimize=weights is None,
         verbose=False,
     )
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
+    if weights is not None:
+        optimize_without_weights(program.model, weights.of, program.optimize)
     return program.model

@@ -26,7 +26,8 @@ class VisionEncoder(nn.Module):
         config: Any = model.config
         self.tower = family.vision_tower(model)
         self.projector = family.projector(model)
-        self.layer = config.vision_feature_layer
+        # From the end, which stays right where layers in the middle are left out.
+        self.layer = family.vision_dims(config).num_layers - config.vision_config.num_hidden_layers - 1
         self.tiled = family.tiled
 
     def forward(self, pixel_values: Tensor) -> Tensor:

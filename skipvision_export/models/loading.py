@@ -42,6 +42,11 @@ class ModelSource:
     config: Any
     family: ModelFamily
 
+    @property
+    def architecture(self) -> str:
+        """The transformers class that config.json names."""
+        return next(name for name in self.config.architectures if name in self.family.architectures)
+
 
 def resolve_model(model: str | Path, revision: str | None = None) -> ModelSource:
     """Find MODEL (a folder or a Hub id) and read its configuration; no weights are loaded.
@@ -79,16 +84,38 @@ def load_model(source: ModelSource, dtype: str = "float32") -> Any:
     Raises ModelError for missing, truncated, quantized or non-finite weights.
     """
     import torch
-    from transformers import AutoModelForImageTextToText
+
+    from skipvision_export.models.weights import not_finite
 
     if not any(source.folder.glob("*.safetensors")):
         raise ModelError(f"{source.folder} has no *.safetensors weights")
-    _check_full(source)
-    loader: Any = AutoModelForImageTextToText
+    check_full(source)
+    model = load_state(source, dtype)
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise not_finite(name, source.folder, dtype)
+    return model
+
+
+def load_state(source: ModelSource, dtype: str, state: dict[str, Any] | None = None) -> Any:
+    """The model in evaluation mode on the CPU, from its folder or from tensors by checkpoint key.
+
+    Raises ModelError for missing, truncated or misshapen weights.
+    """
+    import torch
+    import transformers
+
+    # Not through an Auto class: those want a folder even where they are given the weights.
+    loader: Any = getattr(transformers, source.architecture)
+    folder = source.folder if state is None else None
     try:
         with quiet():
             model, info = loader.from_pretrained(
-                source.folder, dtype=getattr(torch, dtype), output_loading_info=True
+                folder,
+                config=source.config,
+                state_dict=state,
+                dtype=getattr(torch, dtype),
+                output_loading_info=True,
             )
     except Exception as error:  # safetensors and transformers raise many kinds on a broken file
         raise ModelError(f"the weights in {source.folder} cannot be loaded: {_first_line(error)}") from None
@@ -98,16 +125,10 @@ def load_model(source: ModelSource, dtype: str = "float32") -> Any:
         raise ModelError(
             f"the weights in {source.folder} lack {len(missing)} tensors, the first is {missing[0]}"
         )
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ModelError(
-                f"weight {name} in {source.folder} holds NaN or infinity in {dtype}; export would only "
-                f"hide it{' (numbers over 65504 need bfloat16)' if dtype == 'float16' else ''}"
-            )
     return model.eval()
 
 
-def _check_full(source: ModelSource) -> None:
+def check_full(source: ModelSource) -> None:
     """Raise ModelError for a checkpoint that is quantized already: loading it would drop the scales."""
     method = getattr(source.config, "quantization_config", None)
     if method is not None:

@@ -21,6 +21,8 @@ def widened(bundle: Bundle, folder: Path) -> Bundle:
     graphs = {
         name: widen(ir.load(bundle.folder / info.file)) for name, info in bundle.manifest.graphs.items()
     }
-    infos = write_graphs(graphs, folder, (PREFILL, DECODE), "decoder.onnx_data")
-    manifest = bundle.manifest.model_copy(update={"dtype": "float32", "graphs": infos, "variants": {}})
+    written = write_graphs(graphs, folder, (PREFILL, DECODE), "decoder.onnx_data")
+    manifest = bundle.manifest.model_copy(
+        update={"dtype": "float32", "graphs": written.graphs, "variants": {}}
+    )
     return Bundle(folder, manifest, **bundle.backend_options)

@@ -191,7 +191,7 @@ def test_bad_weights(capsys, tiny_folder, tmp_path):
     save_file(bad, file, {"format": "pt"})
     refused(capsys, "lack 1 tensors", "export", folder, "-o", tmp_path / "out", "--dense")
     file.write_bytes(file.read_bytes()[:5000])
-    refused(capsys, "cannot be loaded", "export", folder, "-o", tmp_path / "out", "--dense")
+    refused(capsys, "is truncated", "export", folder, "-o", tmp_path / "out", "--dense")
     file.unlink()
     refused(capsys, "no *.safetensors", "export", folder, "-o", tmp_path / "out", "--dense")
     assert not (tmp_path / "out").exists()

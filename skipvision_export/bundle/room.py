@@ -1,0 +1,50 @@
+"""Whether the machine has room for an export, asked before any long work."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import psutil
+
+from skipvision_export.errors import RoomError
+from skipvision_export.models.checkpoint import Checkpoint
+
+# Measured: Python, PyTorch, transformers and the trace, whatever the model's size.
+_BASE_MEMORY = 600 << 20
+# What is read ahead and what is being written, see SourceReader and WeightTensor.
+_STREAM_MEMORY = 640 << 20
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def check_room(checkpoint: Checkpoint, dtype: str, out: Path) -> None:
+    """Raise RoomError where the disk of `out` or the free memory is too small for an export to `dtype`.
+
+    The estimate takes every weight of the checkpoint as written, and the largest one as held in memory.
+    """
+    disk = sum(math.prod(t.shape) for t in checkpoint.tensors.values()) * _ITEM_BYTES[dtype]
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    free = shutil.disk_usage(above).free
+    if disk > free:
+        raise RoomError(
+            f"the bundle takes about {_gb(disk)} in {dtype}, but {above} has {_gb(free)} left; "
+            "free some, choose another output folder, or a smaller --dtype"
+        )
+    memory = memory_needed(checkpoint)
+    available = psutil.virtual_memory().available
+    if memory > available:
+        raise RoomError(
+            f"the export takes about {_gb(memory)} of memory, but {_gb(available)} are available; "
+            "close other programs, or export on a larger machine"
+        )
+
+
+def memory_needed(checkpoint: Checkpoint) -> int:
+    """Peak bytes of an export: a base, and the largest weight beside what is read ahead or written."""
+    sizes = [tensor.nbytes for tensor in checkpoint.tensors.values()]
+    return _BASE_MEMORY + max(sizes, default=0) + min(sum(sizes), _STREAM_MEMORY)
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
