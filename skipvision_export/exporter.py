@@ -161,12 +161,12 @@ def trace_skeleton(
     return TracedModel(source, None, steps, dtype)
 
 
-def _check(source: ModelSource, dtype: str) -> None:
+def _check(source: ModelSource, dtype: str) -> Checkpoint:
     """What can be refused before the long part, such as a summary that does not fit."""
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    check_full(source)
     _summary_weights(source)
+    return check_full(source)
 
 
 def export(
@@ -198,8 +198,7 @@ def export(
     if config is None:
         raise ConfigError(f"{model} carries no configuration of its own; give one, such as a preset")
     source.family.layout(source.config, config)
-    _check(source, dtype)
-    check_room(Checkpoint.open(source.folder), dtype, out)
+    check_room(_check(source, dtype), dtype, out)
     traced = trace_skeleton(source, dtype, progress)
     progress("rewriting and writing")
     return traced.write(out, config, force, weights)

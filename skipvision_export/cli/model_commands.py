@@ -204,7 +204,6 @@ def export(
     from skipvision_export.exporter import DTYPES, trace_skeleton
     from skipvision_export.graph.int4 import check_weights
     from skipvision_export.method.saved import saved_config
-    from skipvision_export.models.checkpoint import Checkpoint
     from skipvision_export.models.loading import check_full, resolve_model
 
     if target != "onnxruntime":
@@ -227,8 +226,7 @@ def export(
         saved=saved_config(source.folder),
     )
     layout = source.family.layout(source.config, config)
-    check_full(source)
-    check_room(Checkpoint.open(source.folder), dtype, output)
+    check_room(check_full(source), dtype, output)
     result: dict[str, Any] = {
         "bundle": str(output),
         "preset": config.name,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from skipvision_export.errors import ModelError
+from skipvision_export.models.checkpoint import Checkpoint
 from skipvision_export.models.registry import ModelFamily, family_of
 
 # How NVIDIA ModelOpt and others name the scales beside a quantized weight.
@@ -87,8 +88,6 @@ def load_model(source: ModelSource, dtype: str = "float32") -> Any:
 
     from skipvision_export.models.weights import not_finite
 
-    if not any(source.folder.glob("*.safetensors")):
-        raise ModelError(f"{source.folder} has no *.safetensors weights")
     check_full(source)
     model = load_state(source, dtype)
     for name, parameter in model.named_parameters():
@@ -128,29 +127,26 @@ def load_state(source: ModelSource, dtype: str, state: dict[str, Any] | None = N
     return model.eval()
 
 
-def check_full(source: ModelSource) -> None:
-    """Raise ModelError for a checkpoint that is quantized already: loading it would drop the scales."""
+def check_full(source: ModelSource) -> Checkpoint:
+    """The checkpoint's headers.
+
+    Raises ModelError for one that is quantized already, whose scales loading would drop, and as
+    `Checkpoint.open` does.
+    """
+    checkpoint = Checkpoint.open(source.folder)
     method = getattr(source.config, "quantization_config", None)
     if method is not None:
         name = method.get("quant_method", "unknown") if isinstance(method, dict) else type(method).__name__
         found = f"config.json has a quantization_config ({name})"
     else:
-        name = next((key for key in _tensor_names(source.folder) if _QUANTIZED.search(key)), None)
+        name = next((key for key in checkpoint.tensors if _QUANTIZED.search(key)), None)
         found = f"its weights hold {name}"
     if name is not None:
         raise ModelError(
             f"{source.folder} is quantized already: {found}; give the model as it was before, and quantize "
             "its export (export --weights int4)"
         )
-
-
-def _tensor_names(folder: Path) -> Iterator[str]:
-    """Names in the headers of the weight files; none of a file that has no readable header."""
-    from safetensors import SafetensorError, safe_open
-
-    for file in sorted(folder.glob("*.safetensors")):
-        with contextlib.suppress(SafetensorError, OSError), safe_open(file, "pt") as weights:
-            yield from weights.keys()
+    return checkpoint
 
 
 def load_processor(folder: Path) -> Any:
