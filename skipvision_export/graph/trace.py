@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -81,7 +82,7 @@ def _stack(
     name: str,
 ) -> ir.Model:
     """Trace a graph with layers in it, of which `used` reach its outputs; where it can, not all of them."""
-    if weights is None or used <= TRACED:
+    if weights is None or used <= TRACED or not _alike(layers[:used]):
         return _finished(export(weights)[1], name)
     whole = list(layers)
     del layers[TRACED:used]
@@ -95,6 +96,22 @@ def _stack(
         del layers[:]
         layers.extend(whole)
         return _finished(export(weights)[1], name)
+
+
+def _alike(layers: Iterable[nn.Module]) -> bool:
+    """Are layers built of the same modules with the same settings, those that are not traced as well?"""
+
+    def settings(module: nn.Module) -> tuple[Any, ...]:
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, type(None)))}
+        plain.pop("layer_idx", None)
+        return type(module), sorted(plain.items(), key=str)
+
+    return all(
+        one == other
+        for one, other in itertools.pairwise(
+            [(name, settings(module)) for name, module in layer.named_modules()] for layer in layers
+        )
+    )
 
 
 def _finished(model: ir.Model, name: str) -> ir.Model:

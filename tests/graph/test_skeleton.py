@@ -11,7 +11,9 @@ from tiny import write_tiny, write_tiny_next
 from skipvision_export.exporter import trace_model, trace_skeleton
 from skipvision_export.graph.passes.names import DECODE
 from skipvision_export.graph.repeat import NotRepeatableError, repeat_layers
+from skipvision_export.graph.trace import trace
 from skipvision_export.models.loading import resolve_model
+from skipvision_export.models.skeleton import load_skeleton
 from skipvision_export.models.weights import WeightTensor
 
 
@@ -93,11 +95,22 @@ def test_layers_that_differ_are_not_repeated():
         repeat_layers(ir.Model(graph, ir_version=10), "decoder.layers", 5, lambda weight, _: weight)
 
 
+@pytest.mark.parametrize("change", [0.5, None], ids=["another scale", "none"])
+def test_a_layer_that_is_not_traced_may_differ(models, change):
+    """As one with a sliding window does: then all are traced."""
+    source = resolve_model(models["example"])
+    skeleton = load_skeleton(source, "float32")
+    last = source.family.decoder_layers(skeleton.model)[3]
+    if change:
+        last.self_attn.scaling = change
+    graph = trace(skeleton.model, source.family, weights=skeleton.weights).graphs[DECODE].graph
+    scales = [n.attributes.get_float("scale") for n in graph if n.op_type == "Attention"]
+    assert len(scales) == 4 and (scales[3] == scales[2]) == (change is None)
+
+
 def test_numbers_are_cast_and_turned_as_pytorch_does(models):
     import torch
     from safetensors.torch import load_file
-
-    from skipvision_export.models.skeleton import load_skeleton
 
     skeleton = load_skeleton(resolve_model(models["example"]), "bfloat16")
     stored = load_file(models["example"] / "model.safetensors")
