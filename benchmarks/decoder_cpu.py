@@ -35,11 +35,13 @@ from skipvision_export.benchmark.flops import count_flops, layers_flops
 from skipvision_export.benchmark.sibling import SiblingSizes, sibling_model
 from skipvision_export.benchmark.timing import decoder_dims, machine
 from skipvision_export.bundle import write_graphs
-from skipvision_export.exporter import trace_model
+from skipvision_export.exporter import trace_skeleton
 from skipvision_export.graph.clean import clear_inferred_types, unique_node_names
 from skipvision_export.graph.passes.names import DECODE, EMBED, PREFILL
 from skipvision_export.models.loading import resolve_model
+from skipvision_export.models.reader import SourceReader
 from skipvision_export.runtime.kv_cache import SharedCache
+from skipvision_export.runtime.shared_weights import SharedWeights
 
 SIZES = SiblingSizes(hidden=1024, intermediate=2816, layers=16, heads=16, vocab=32000)
 KV_HEADS, HEAD_DIM = 8, 64
@@ -51,6 +53,8 @@ SHARED = f"{DECODE}.onnxruntime"
 STEPS = 8  # decode steps of one measurement
 HF, GENAI, PLAIN = "Hugging Face, sdpa", "genai", "torch.onnx.export"
 OURS, SKIP, MERGE = "dense", "skip", "merged"
+# Prefill with the weights that decode reads too, not packed for it: OrtBackend's default.
+ONE_COPY, SKIP_ONE_COPY = "dense, weights shared", "skip, weights shared"
 # With int4 weights nobody gives the logits of full ones; random weights make them noise.
 INT4, INT4_SKIP, GENAI_INT4 = "int4 dense", "int4 skip", "genai int4"
 Run = Callable[[], Any]
@@ -70,11 +74,13 @@ def write_llama(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 
 
-def session(file: Path, threads: int) -> ort.InferenceSession:
-    """On the CPU, every optimization on."""
+def session(file: Path, threads: int, weights: SharedWeights | None = None) -> ort.InferenceSession:
+    """On the CPU, every optimization on; weights: shared with other sessions, as OrtBackend does."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    if weights is not None:
+        weights.give(options, file)
     return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
@@ -197,7 +203,7 @@ def measure(runs: dict[str, Run], rounds: int, each: int, what: str) -> dict[str
     Raises SystemExit where contenders that do the same do not give the same logits.
     """
     first = {name: run() for name, run in runs.items()}
-    same = [name for name in first if name not in (SKIP, MERGE) and "int4" not in name]
+    same = [name for name in first if name not in (SKIP, SKIP_ONE_COPY, MERGE) and "int4" not in name]
     for name in same[1:]:
         gap = np.abs(first[name] - first[same[0]]).max() / np.abs(first[same[0]]).max()
         if not gap < 1e-3:
@@ -272,15 +278,15 @@ def decoder_bytes(bundle: Bundle) -> int:
     return sum(info.bytes for name, info in files if Path(name).name.startswith("decoder"))
 
 
-def plain_export(traced: Any, folder: Path) -> dict[str, Path]:
+def plain_export(traced: Any, folder: Path, reader: SourceReader) -> dict[str, Path]:
     """The graphs as torch.onnx.export leaves them."""
     graphs: dict[str, ir.Model] = {name: traced.trace.graphs[name].clone() for name in (PREFILL, DECODE)}
     for model in graphs.values():
         clear_inferred_types(model)
         unique_node_names(model)
     folder.mkdir()
-    infos = write_graphs(graphs, folder, (PREFILL, DECODE), "decoder.onnx_data")
-    return {name: folder / info.file for name, info in infos.items()}
+    written = write_graphs(graphs, folder, (PREFILL, DECODE), "decoder.onnx_data", reader)
+    return {name: folder / info.file for name, info in written.graphs.items()}
 
 
 def compare(rounds: int, threads: int, genai: Path | None, scratch: Path) -> dict[str, Any]:
@@ -288,22 +294,23 @@ def compare(rounds: int, threads: int, genai: Path | None, scratch: Path) -> dic
     if threads:
         torch.set_num_threads(threads)
     source = scratch / "model"
-    sibling_model(SIZES).save_pretrained(source)
+    model = sibling_model(SIZES).eval()
+    model.save_pretrained(source)
     start = time.perf_counter()
-    traced = trace_model(resolve_model(source))
+    traced = trace_skeleton(resolve_model(source))
     config = SkipVisionConfig.preset("skip-75")
     bundle: Bundle = traced.write(scratch / "bundle", config)
     export_s = time.perf_counter() - start
     print(f"exported in {export_s:.1f} s")
     int4: Bundle = traced.write(scratch / "int4", config, weights="int4")
-    files = plain_export(traced, scratch / "plain")
+    files = plain_export(traced, scratch / "plain", SourceReader(source))
     own, small = decoder_files(bundle), decoder_files(int4)
     ids = np.random.default_rng(0).integers(4, SIZES.vocab, (1, TOKENS))
     none = np.zeros((0, 576, SIZES.hidden), np.float32)
     features = bundle.backend.run(EMBED, {"input_ids": ids, "image_features": none})
     inputs = Inputs(features["inputs_embeds"].numpy())
-    hugging_face = HuggingFace(traced.model, inputs.embeds)
-    del traced
+    hugging_face = HuggingFace(model, inputs.embeds)
+    del traced, model
 
     prefill = {PLAIN: session(files[PREFILL], threads), OURS: session(own[PREFILL], threads)}
     if genai:
@@ -312,6 +319,10 @@ def compare(rounds: int, threads: int, genai: Path | None, scratch: Path) -> dic
     runs = {HF: hugging_face.prefill(TOKENS)}
     runs |= {name: inputs.prefill(graph, TOKENS) for name, graph in prefill.items()}
     runs[SKIP] = inputs.prefill(prefill[OURS], TOKENS, KEPT)
+    weights = SharedWeights()
+    one_copy = session(own[PREFILL], threads, weights)
+    runs[ONE_COPY] = inputs.prefill(one_copy, TOKENS)
+    runs[SKIP_ONE_COPY] = inputs.prefill(one_copy, TOKENS, KEPT)
     flops = {
         PLAIN: whole_flops(bundle, TOKENS),
         OURS: prefill_flops(own[PREFILL], TOKENS),
@@ -327,6 +338,8 @@ def compare(rounds: int, threads: int, genai: Path | None, scratch: Path) -> dic
                 "flops": flops,
                 "dense": against_best(times, peers, OURS),
                 "skip": with_promise(against_best(times, peers, SKIP), times, SKIP, flops),
+                "dense, weights shared": against_best(times, peers, ONE_COPY),
+                "skip, weights shared": against_best(times, peers, SKIP_ONE_COPY),
             }
         },
     }
@@ -364,7 +377,7 @@ def compare(rounds: int, threads: int, genai: Path | None, scratch: Path) -> dic
     genai_int4 = prefill.get(GENAI_INT4)
     del prefill, runs, dense
 
-    plain, shared = session(files[DECODE], threads), session(own[SHARED], threads)
+    plain, shared = session(files[DECODE], threads), session(own[SHARED], threads, weights)
     shared_int4 = session(small[SHARED], threads)
     decode: dict[str, Any] = {}
     for cached in CACHED:
