@@ -49,6 +49,7 @@ class TracedModel:
         """Rewrite the graphs for `config` and write a bundle; atomic."""
         from skipvision_export.graph.rewrite import rewrite
         from skipvision_export.graph.trace import OPSET
+        from skipvision_export.runtime.chat import read_chat
         from skipvision_export.runtime.pipeline import Bundle
 
         check_output(out, force)
@@ -93,6 +94,7 @@ class TracedModel:
                     tiled=family.tiled,
                     image_token_id=family.image_token_id(hf_config),
                 ),
+                prompt=read_chat(folder),
                 dtype=self.dtype,
                 opset=OPSET,
                 graphs={name: infos[name] for name in rewritten.graphs},
