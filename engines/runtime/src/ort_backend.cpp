@@ -19,17 +19,24 @@ OrtBackend::OrtBackend(const std::filesystem::path& folder, const Manifest& mani
     : manifest_(manifest), env_(nullptr) {
   check_onnxruntime();
   env_ = Ort::Env(ORT_LOGGING_LEVEL_ERROR, "skipvision");
+  weights_ = std::make_unique<SharedWeights>();
   Ort::SessionOptions options;
   options.SetIntraOpNumThreads(threads);
   options.SetGraphOptimizationLevel(ORT_ENABLE_ALL);
-  auto load = [&](const std::string& name) {
-    return std::make_unique<OrtGraph>(env_, folder, manifest.graph(name), options);
+  auto load = [&](const std::string& name, const Ort::SessionOptions& own) {
+    return std::make_unique<OrtGraph>(env_, folder, manifest.graph(name), own,
+                                      weights_->packed());
   };
-  vision_ = load("vision_encoder");
-  embed_ = load("embed_tokens");
-  prefill_ = load("decoder_prefill");
+  vision_ = load("vision_encoder", options);
+  embed_ = load("embed_tokens", options);
+  auto load_decoder = [&](const std::string& name) {
+    Ort::SessionOptions own = options.Clone();
+    weights_->add_to(own, folder / manifest.graph(name).file);
+    return load(name, own);
+  };
+  prefill_ = load_decoder("decoder_prefill");
   shared_cache_ = manifest.graphs.count(kShared) > 0;
-  decode_ = load(shared_cache_ ? kShared : "decoder_decode");
+  decode_ = load_decoder(shared_cache_ ? kShared : "decoder_decode");
 }
 
 Ort::Value OrtBackend::embed(const ModelInput& input, Ort::Value features) const {

@@ -6,6 +6,7 @@
 
 #include "backend.h"
 #include "ort_graph.h"
+#include "weights.h"
 
 namespace skipvision {
 
@@ -21,6 +22,7 @@ class OrtBackend : public Backend {
 
   const Manifest& manifest_;
   Ort::Env env_;
+  std::unique_ptr<SharedWeights> weights_;
   std::unique_ptr<OrtGraph> vision_, embed_, prefill_, decode_;
   bool shared_cache_ = false;
 };

@@ -73,10 +73,10 @@ void throw_ort_error(const std::string& what, const std::exception& error) {
 }
 
 OrtGraph::OrtGraph(const Ort::Env& env, const std::filesystem::path& folder, const GraphInfo& info,
-                   const Ort::SessionOptions& options)
+                   const Ort::SessionOptions& options, OrtPrepackedWeightsContainer* packed)
     : file_((folder / info.file).string()), info_(&info) {
   guarded("ONNX Runtime cannot load " + file_,
-          [&] { session_ = Ort::Session(env, file_.c_str(), options); });
+          [&] { session_ = Ort::Session(env, file_.c_str(), options, packed); });
 }
 
 std::vector<Ort::Value> OrtGraph::run(const Feeds& feeds) const {

@@ -48,9 +48,10 @@ class OrtGraph {
  public:
   using Feeds = std::vector<std::pair<std::string, Ort::Value>>;
 
-  /// Creates the session; throws Error that names the file where ONNX Runtime refuses it.
+  /// Creates the session; `packed` holds what sessions share of their packed weights. Throws Error that
+  /// names the file where ONNX Runtime refuses it.
   OrtGraph(const Ort::Env& env, const std::filesystem::path& folder, const GraphInfo& info,
-           const Ort::SessionOptions& options);
+           const Ort::SessionOptions& options, OrtPrepackedWeightsContainer* packed);
 
   /// The outputs, in the manifest's order.
   std::vector<Ort::Value> run(const Feeds& feeds) const;
