@@ -71,6 +71,7 @@ class TracedModel:
         from skipvision_export.graph.passes.int4_weights import Int4WeightsPass
         from skipvision_export.graph.rewrite import rewrite
         from skipvision_export.graph.trace import OPSET
+        from skipvision_export.runtime.chat import read_chat
         from skipvision_export.runtime.pipeline import Bundle
 
         check_output(out, force)
@@ -118,6 +119,7 @@ class TracedModel:
                     tiled=family.tiled,
                     image_token_id=family.image_token_id(hf_config),
                 ),
+                prompt=read_chat(folder),
                 dtype=self.dtype,
                 weights=kind,
                 opset=OPSET,

@@ -112,12 +112,25 @@ class ModelInfo(StrictModel):
     tiled: bool = False
 
 
+class PromptInfo(StrictModel):
+    """The chat template rendered around a question: `before`, the question, `after`.
+
+    One of the two holds the picture's placeholder. strips: the template strips the question first.
+    """
+
+    before: str
+    after: str
+    strips: bool = False
+
+
 class Manifest(VersionedModel):
     """The whole manifest; `load` checks its schema version first.
 
     variants: forms of a graph for one runtime, by `GRAPH.RUNTIME`; each gives what the graph gives.
     dtype: of the arithmetic, and of the weights unless `weights` says that the decoder's matrices have
     less bits.
+    prompt: for runtimes without Jinja; absent where there is no template, or it does more than put
+    text around a question.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -126,6 +139,7 @@ class Manifest(VersionedModel):
     config: dict[str, Any]
     roles: Roles
     model: ModelInfo
+    prompt: PromptInfo | None = None
     dtype: str
     weights: Literal["int4"] | None = None
     opset: int

@@ -1,0 +1,66 @@
+/// `skipvision.json`: what a bundle is and what is in it (skipvision_export/bundle/manifest.py).
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "json.h"
+#include "layout.h"
+
+namespace skipvision {
+
+struct TensorInfo {
+  std::string name;
+  std::string dtype;
+};
+
+struct GraphInfo {
+  std::filesystem::path file;
+  std::vector<TensorInfo> inputs;
+  std::vector<TensorInfo> outputs;
+
+  bool has_input(const std::string& name) const;
+};
+
+struct FileInfo {
+  std::uint64_t bytes = 0;
+  std::string sha256;
+};
+
+/// The chat template, rendered at export around a question.
+struct ChatPrompt {
+  std::string before;
+  std::string after;
+  bool strips = false;
+};
+
+struct Manifest {
+  std::string name;  // the file, for errors
+  Layout layout;
+  int retained = 0;
+  int skipped = 0;
+  int num_layers = 0;
+  std::int64_t hidden_size = 0;
+  std::int64_t vocab_size = 0;
+  std::int64_t visual_tokens = 0;
+  std::int64_t image_token_id = 0;
+  std::string dtype;
+  std::optional<ChatPrompt> prompt;
+  std::map<std::string, GraphInfo> graphs;  // and variants
+  std::map<std::string, FileInfo> files;
+
+  /// Reads a bundle's manifest; throws Error with the file's name and the field.
+  static Manifest load(const std::filesystem::path& folder);
+  static Manifest parse(const Document& document);
+
+  /// Checks that every file is there, whole and, with `hashes`, unaltered; throws Error naming it.
+  void verify(const std::filesystem::path& folder, bool hashes) const;
+  /// A graph or variant; throws Error where there is none.
+  const GraphInfo& graph(const std::string& graph_name) const;
+};
+
+}  // namespace skipvision

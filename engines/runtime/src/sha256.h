@@ -1,0 +1,11 @@
+#pragma once
+
+#include <filesystem>
+#include <string>
+
+namespace skipvision {
+
+/// SHA-256 (FIPS 180-4) of a file, as 64 lower-case hexadecimal digits; throws Error.
+std::string sha256_of(const std::filesystem::path& file);
+
+}  // namespace skipvision

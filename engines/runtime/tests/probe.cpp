@@ -1,0 +1,87 @@
+/// Says what parts of the library make of their input, for tests/engines/test_cpp_runtime.py, which
+/// compares it with Hugging Face: one JSON request from standard input, one JSON answer.
+#include <fstream>
+#include <iostream>
+#include <thread>
+
+#include "processor.h"
+#include "tokenizer.h"
+
+namespace {
+
+using nlohmann::json;
+
+/// {"tokenizer": FILE, "texts": [..]} -> lists of ids.
+json encode(const json& request) {
+  skipvision::Document file(request["tokenizer"].get<std::string>(), "again");
+  skipvision::Tokenizer tokenizer(file);
+  json all = json::array();
+  for (const json& text : request["texts"]) all.push_back(tokenizer.encode(text.get<std::string>()));
+  return all;
+}
+
+/// {"tokenizer": FILE, "ids": [[..]]} -> for each list the pieces as they come, and the rest.
+json decode(const json& request) {
+  skipvision::Document file(request["tokenizer"].get<std::string>(), "again");
+  skipvision::Tokenizer tokenizer(file);
+  json all = json::array();
+  for (const json& ids : request["ids"]) {
+    skipvision::Detokenizer detokenizer(tokenizer);
+    json pieces = json::array();
+    for (const json& id : ids) pieces.push_back(detokenizer.push(id.get<std::int64_t>()));
+    pieces.push_back(detokenizer.finish());
+    all.push_back(pieces);
+  }
+  return all;
+}
+
+/// {"folder": BUNDLE, "images": [..], "out": FILE}: their float32 tensors, one behind the other.
+json pixels(const json& request) {
+  auto processor = skipvision::ImageProcessor::load(request["folder"].get<std::string>());
+  std::ofstream out(request["out"].get<std::string>(), std::ios::binary);
+  for (const json& image : request["images"]) {
+    auto values = processor(skipvision::Picture::open(image.get<std::string>()));
+    out.write(reinterpret_cast<const char*>(values.data()),
+              static_cast<std::streamsize>(values.size() * sizeof(float)));
+  }
+  return {processor.height(), processor.width()};
+}
+
+/// {"bundle": .., "image": .., "prompts": [..]}: two threads, each with all prompts on one bundle and
+/// on one of its own -> whether all answers are the same.
+json threads(const json& request) {
+  std::string folder = request["bundle"].get<std::string>();
+  skipvision::Bundle shared(folder, {false, 1});
+  auto picture = skipvision::Picture::open(request["image"].get<std::string>());
+  std::vector<std::string> texts(2);
+  auto work = [&](int number) {
+    skipvision::Bundle own(folder, {false, 1});
+    for (const json& prompt : request["prompts"]) {
+      auto question = prompt.get<std::string>();
+      texts[number] += shared.generate(picture, question).text + "\n";
+      texts[number] += own.generate(picture, question).text + "\n";
+    }
+  };
+  std::thread first(work, 0), second(work, 1);
+  first.join();
+  second.join();
+  return texts;
+}
+
+}  // namespace
+
+int main() {
+  try {
+    json request = json::parse(std::cin);
+    std::string what = request["what"].get<std::string>();
+    json answer = what == "encode"   ? encode(request)
+                  : what == "decode" ? decode(request)
+                  : what == "pixels" ? pixels(request)
+                                     : threads(request);
+    std::cout << answer.dump() << "\n";
+    return 0;
+  } catch (const std::exception& error) {
+    std::cerr << "error: " << error.what() << "\n";
+    return 2;
+  }
+}

@@ -1,0 +1,398 @@
+"""The C++ runtime gives what Python gives: pixels, ids, text, answers; and one line for each mistake."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from conftest import EXAMPLE
+from cpp_build import SOURCE, ask, call, configure_and_build, need_tools, wheel_library
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPImageProcessorPil
+
+from skipvision_export.config import SkipVisionConfig
+from skipvision_export.runtime.pipeline import Bundle
+
+N = int(os.environ.get("SKIPVISION_CPP_QUESTIONS", "12"))
+PICTURE = EXAMPLE / "test" / "000.png"
+QUESTION = "which digit is in the bottom right?"
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    need_tools()
+    return wheel_library(tmp_path_factory.mktemp("cpp") / "lib")
+
+
+@pytest.fixture(scope="session")
+def build(library):
+    return configure_and_build(library.parent.parent / "build", library)
+
+
+@pytest.fixture(scope="session")
+def probe(build):
+    return build / "tests" / "skipvision-probe"
+
+
+@pytest.fixture(scope="session")
+def skip_bundle(example_in):
+    return example_in("float32")
+
+
+@pytest.fixture(scope="session")
+def dense_bundle(trained, tmp_path_factory):
+    return trained.write(tmp_path_factory.mktemp("cpp_dense") / "dense", SkipVisionConfig.dense()).folder
+
+
+@pytest.fixture(scope="session")
+def strict_bundle(trained, tmp_path_factory):
+    config = SkipVisionConfig(**(SkipVisionConfig.preset("quarter").to_json() | {"strict": True}))
+    return trained.write(tmp_path_factory.mktemp("cpp_strict") / "strict", config).folder
+
+
+def run(build, *arguments, **options):
+    command = [str(part) for part in (build / "skipvision-run", *arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def generate(build, folder, file, *arguments):
+    ask_for = ("--image", PICTURE, "--prompt", QUESTION, "--json", file)
+    done = run(build, folder, *ask_for, *arguments)
+    assert done.returncode == 0, done.stderr
+    return json.loads(file.read_text()), done.stdout
+
+
+def questions(n):
+    return [json.loads(line) for line in (EXAMPLE / "test" / "metadata.jsonl").open()][:n]
+
+
+def request_lines(n):
+    """Held-out questions as `skipvision-run --lines` takes them."""
+    return "\n".join(
+        json.dumps({"image": str(EXAMPLE / "test" / q["file_name"]), "prompt": q["question"]})
+        for q in questions(n)
+    )
+
+
+def texts_of(printed):
+    return [json.loads(line)["text"] for line in printed.splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["skip", "dense", "strict"])
+def test_answers_are_pythons(kind, build, request):
+    folder = request.getfixturevalue(f"{kind}_bundle")
+    lines = request_lines(N)
+    done = run(build, folder, "--lines", input=lines)
+    assert done.returncode == 0, done.stderr
+    bundle = Bundle.load(folder)
+    for line, printed in zip(lines.splitlines(), done.stdout.splitlines(), strict=True):
+        question = json.loads(line)
+        expected = bundle.generate(question["image"], question["prompt"]).to_json()
+        found = json.loads(printed)
+        assert found.keys() == expected.keys()
+        for key in found.keys() - {"ttft_ms", "decode_ms_per_token"}:
+            assert found[key] == expected[key], (question, key)
+
+
+def test_another_layout_is_noticed(skip_bundle, build, tmp_path):
+    """The broken twin: rows and positions of other tokens give other answers."""
+    folder = shutil.copytree(skip_bundle, tmp_path / "bundle")
+    alter(folder, lambda m: m["roles"].update(layout=[["skipped", 10], ["summary", 1], ["retained", 12]]))
+    right, wrong = (
+        run(build, own, "--lines", input=request_lines(40)).stdout for own in (skip_bundle, folder)
+    )
+    assert texts_of(right) != texts_of(wrong)
+    assert len(texts_of(right)) == len(texts_of(wrong)) == 40
+
+
+def test_float16(example_in, build, tmp_path):
+    folder = example_in("float16")
+    found, _ = generate(build, folder, tmp_path / "a.json")
+    assert found["token_ids"] == Bundle.load(folder).generate(PICTURE, QUESTION).token_ids
+
+
+def test_a_bundle_without_the_shared_cache(skip_bundle, build, tmp_path):
+    folder = shutil.copytree(skip_bundle, tmp_path / "bundle")
+    expected, _ = generate(build, folder, tmp_path / "a.json")
+    alter(folder, lambda m: m.pop("variants"))
+    found, _ = generate(build, folder, tmp_path / "b.json")
+    assert found["token_ids"] == expected["token_ids"]
+
+
+def test_streamed_text_is_the_answer(skip_bundle, build, tmp_path):
+    found, printed = generate(build, skip_bundle, tmp_path / "a.json")
+    assert printed == found["text"] + "\n"
+
+
+def test_the_cache_grows(traced, build, tmp_path):
+    """More new tokens than a buffer's room, on a model that never ends."""
+    folder = traced.write(tmp_path / "bundle", SkipVisionConfig.preset("skip-75")).folder
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 279}))
+    # Sizes are checked in any case.
+    alter(folder, lambda m: m["files"][file.name].update(bytes=file.stat().st_size))
+    found, _ = generate(build, folder, tmp_path / "a.json", "--max-new-tokens", 300, "--no-hashes")
+    bundle = Bundle.load(folder, verify=False)
+    assert found["token_ids"] == bundle.generate(PICTURE, QUESTION, 300).token_ids
+
+
+def test_sampling_is_reproducible(skip_bundle, build, tmp_path):
+    hot = ("--temperature", 5, "--top-p", 0.99, "--top-k", 300)
+    answers = [
+        generate(build, skip_bundle, tmp_path / "a.json", *hot, "--seed", seed)[0]["token_ids"]
+        for seed in (1, 1, 2, 3)
+    ]
+    assert answers[0] == answers[1]
+    assert len({tuple(answer) for answer in answers}) > 1
+
+
+def test_two_threads(skip_bundle, probe):
+    prompts = [q["question"] for q in questions(20)]
+    texts = ask(probe, "threads", bundle=str(skip_bundle), image=str(PICTURE), prompts=prompts)
+    assert texts[0] == texts[1]
+    assert texts[0].split("\n")[0::2] == texts[0].split("\n")[1::2] + [""]
+
+
+def test_bench(skip_bundle, build):
+    done = run(build, skip_bundle, "--image", PICTURE, "--prompt", QUESTION, "--bench", "--rounds", 2)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert min(result[k] for k in ("ttft_ms", "decode_ms_per_token", "peak_rss_mb")) > 0
+
+
+def random_pictures(folder):
+    """Pictures of many sizes and modes, smooth and rough."""
+    rng = np.random.default_rng(0)
+    files = []
+    for i, (height, width) in enumerate([(96, 96), (97, 200), (300, 61), (17, 23), (512, 384), (1, 9)]):
+        blocks = Image.fromarray(rng.integers(0, 256, (height, width, 4), dtype=np.uint8), "RGBA")
+        smooth = blocks.resize((max(width // 7, 1), max(height // 7, 1))).resize((width, height))
+        for mode, picture in {"RGB": blocks, "RGBA": blocks, "P": smooth, "L": smooth, "LA": blocks}.items():
+            files.append(folder / f"{i}{mode}.png")
+            (picture.convert("RGB").convert("P") if mode == "P" else picture.convert(mode)).save(files[-1])
+    return files
+
+
+@pytest.mark.parametrize("crop", [(96, 96), (70, 120)])
+def test_pixels_are_hugging_faces(crop, probe, tmp_path):
+    height, width = crop
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 96}, crop_size={"height": height, "width": width}
+    )
+    processor.save_pretrained(tmp_path)
+    files = random_pictures(tmp_path)
+    request = {"folder": str(tmp_path), "images": [str(file) for file in files]}
+    assert ask(probe, "pixels", out=str(tmp_path / "out"), **request) == [height, width]
+    found = np.fromfile(tmp_path / "out", np.float32).reshape(len(files), 3, height, width)
+    for file, values in zip(files, found, strict=True):
+        expected = processor(Image.open(file).convert("RGB"), return_tensors="np")["pixel_values"][0]
+        assert np.array_equal(values, expected), file.name
+
+
+def test_jpeg_pixels_are_near(probe, tmp_path):
+    """Decoders of JPEG differ by a few levels of 255; the limit is four of them, normalized."""
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 96},
+        crop_size={"height": 96, "width": 96},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    processor.save_pretrained(tmp_path)
+    Image.open(PICTURE).convert("RGB").resize((200, 200)).save(tmp_path / "a.jpg", quality=90)
+    ask(probe, "pixels", folder=str(tmp_path), images=[str(tmp_path / "a.jpg")], out=str(tmp_path / "out"))
+    found = np.fromfile(tmp_path / "out", np.float32).reshape(3, 96, 96)
+    expected = processor(Image.open(tmp_path / "a.jpg"), return_tensors="np")["pixel_values"][0]
+    assert np.abs(found - expected).max() <= 4 * 2 / 255
+
+
+TEXTS = [
+    "",
+    " ",
+    "what is in the picture?",
+    "  it's  we'll\n\n two \t tabs 12345 ",
+    "<s>a <image> b</s>",
+    "naïve cafe\u0301 — “quoted” 日本語 한국어 русский עברית",
+    "emoji 👩‍👩‍👧 👍🏽 \u0000 \u00a0 \u2028 end",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa bababababa the the then there",
+]
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def trained_tokenizer(kind):
+    """Tokenizers of the kinds that language models have, trained on a few words."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    llama = kind in ("llama", "metaspace")
+    tokenizer = Tokenizer(
+        models.BPE(byte_fallback=llama, unk_token="<unk>" if llama else None, fuse_unk=llama)
+    )
+    special = ["<unk>", "<s>", "</s>", "<image>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if kind == "gpt2":
+        tokenizer.pre_tokenizer = byte_level
+    elif kind == "qwen":
+        tokenizer.normalizer = normalizers.NFC()
+        split = pre_tokenizers.Split(Regex(LLAMA3), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                split,
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(False, use_regex=False),
+            ]
+        )
+    elif kind == "llama":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    if llama:
+        special += [f"<0x{byte:02X}>" for byte in range(256)]
+        alphabet = list("▁abcdefghijklmnopqrstuvwxyz")
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+    else:
+        tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS[2:4] + TEXTS[7:] + ["in the beginning was the word"] * 3, trainer)
+    if llama:  # the byte tokens are no special ones
+        data = json.loads(tokenizer.to_str())
+        data["added_tokens"] = data["added_tokens"][:4]
+        tokenizer = Tokenizer.from_str(json.dumps(data))
+    return tokenizer
+
+
+def random_texts():
+    rng = np.random.default_rng(1)
+    pool = list("aab th e.,'\n\t 0129éß日👍\u0301<>") + ["the ", "<image>", "'ll", "\u00a0"]
+    return ["".join(rng.choice(pool, rng.integers(1, 60))) for _ in range(200)]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen", "llama", "metaspace"])
+def test_tokens_are_hugging_faces(kind, probe, tmp_path):
+    tokenizer = trained_tokenizer(kind)
+    file = str(tmp_path / "tokenizer.json")
+    tokenizer.save(file)
+    texts = TEXTS + random_texts()
+    for text, ids in zip(texts, ask(probe, "encode", tokenizer=file, texts=texts), strict=True):
+        assert ids == tokenizer.encode(text).ids, text
+    rng = np.random.default_rng(2)
+    ids = [rng.integers(0, tokenizer.get_vocab_size(), rng.integers(1, 30)).tolist() for _ in range(300)]
+    for own, pieces in zip(ids, ask(probe, "decode", tokenizer=file, ids=ids), strict=True):
+        assert "".join(pieces) == tokenizer.decode(own, skip_special_tokens=True).strip(), own
+
+
+def test_unit_tests_under_sanitizers(library):
+    options = ("-DCMAKE_BUILD_TYPE=Debug", "-DSKIPVISION_SANITIZE=address,undefined")
+    folder = library.parent.parent / "sanitized"
+    build = configure_and_build(folder, library, *options, targets=("skipvision-unit",))
+    assert "passed" in call(build / "tests" / "skipvision-unit")
+
+
+def test_readme_example(build, skip_bundle, tmp_path, library):
+    """Installed, found by CMake and linked, as an integrator does it."""
+    call("cmake", "--install", build, "--prefix", tmp_path / "prefix")
+    readme = (SOURCE / "README.md").read_text()
+    blocks = dict(re.findall(r"`([\w.]+)`:\n\n```\w+\n(.*?)```", readme, re.DOTALL))
+    (tmp_path / "app").mkdir()
+    for name in ("answer.cpp", "CMakeLists.txt"):
+        (tmp_path / "app" / name).write_text(blocks[name])
+    assert len(blocks["answer.cpp"].splitlines()) <= 30
+    definitions = [
+        line for line in (build / "CMakeCache.txt").read_text().splitlines() if "ONNXRUNTIME_" in line
+    ]
+    values = [f"-D{line.split(':')[0]}={line.split('=')[1]}" for line in definitions]
+    prefix = f"-DCMAKE_PREFIX_PATH={tmp_path / 'prefix'}"
+    call("cmake", "-S", tmp_path / "app", "-B", tmp_path / "app" / "build", prefix, *values)
+    call("cmake", "--build", tmp_path / "app" / "build")
+    printed = call(tmp_path / "app" / "build" / "answer", skip_bundle, PICTURE, QUESTION)
+    assert Bundle.load(skip_bundle).generate(PICTURE, QUESTION).text in printed
+
+
+def alter(folder, change):
+    manifest = json.loads((folder / "skipvision.json").read_text())
+    change(manifest)
+    (folder / "skipvision.json").write_text(json.dumps(manifest))
+
+
+def truncate(file, size):
+    file.write_bytes(file.read_bytes()[:size])
+
+
+DAMAGES = {
+    "no manifest": (lambda b: (b / "skipvision.json").unlink(), "no skipvision.json"),
+    "truncated manifest": (lambda b: truncate(b / "skipvision.json", 99), "truncated or no JSON"),
+    "missing field": (lambda b: alter(b, lambda m: m["model"].pop("num_layers")), "model.num_layers"),
+    "wrong type": (lambda b: alter(b, lambda m: m["roles"].update(layout="x")), "roles.layout"),
+    "huge count": (
+        lambda b: alter(b, lambda m: m["roles"]["layout"][0].__setitem__(1, 1 << 60)),
+        "layout.0.1",
+    ),
+    "newer schema": (lambda b: alter(b, lambda m: m.update(schema_version=9)), "schema_version"),
+    "outside path": (
+        lambda b: alter(b, lambda m: m["graphs"]["vision_encoder"].update(file="../x.onnx")),
+        "graphs.vision_encoder.file",
+    ),
+    "tiled": (lambda b: alter(b, lambda m: m["model"].update(tiled=True)), "model.tiled"),
+    "bfloat16": (lambda b: alter(b, lambda m: m.update(dtype="bfloat16")), "dtype"),
+    "layers": (lambda b: alter(b, lambda m: m["graphs"].pop("decoder_prefill")), "decoder_prefill"),
+    "missing file": (lambda b: (b / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    "truncated weights": (lambda b: truncate(b / "onnx/decoder.onnx_data", 1000), "truncated"),
+    "altered weights": (
+        lambda b: (b / "onnx/decoder.onnx_data").write_bytes(
+            bytes((b / "onnx/decoder.onnx_data").stat().st_size)
+        ),
+        "sha256",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_bundle_is_one_line(damage, skip_bundle, build, tmp_path):
+    change, part = DAMAGES[damage]
+    folder = shutil.copytree(skip_bundle, tmp_path / "bundle")
+    change(folder)
+    expect_error(run(build, folder, "--image", PICTURE, "--prompt", QUESTION), part)
+
+
+def expect_error(done, part):
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert part in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("--image", "missing.png", "--prompt", "x"), "does not exist"),
+        (("--image", "text.png", "--prompt", "x"), "no picture"),
+        (("--image", "half.png", "--prompt", "x"), "truncated"),
+        (("--image", "half.jpg", "--prompt", "x"), "truncated"),
+        (("--image", "good.png", "--prompt", " "), "empty"),
+        (("--image", "good.png", "--prompt", "<image> <image>"), "2 <image> placeholders"),
+        (("--image", "good.png", "--prompt", "long " * 600), "the model reads fewer than 512"),
+        (("--image", "good.png", "--prompt", "x", "--max-new-tokens", "500"), "ask for at most"),
+        (("--image", "good.png", "--prompt", "x", "--max-new-tokens", "0"), "max_new_tokens"),
+        (("--image", "good.png", "--prompt", "x", "--top-p", "2"), "top_p"),
+        (("--image", "good.png", "--prompt", "x", "--temperature", "-1"), "temperature"),
+        (("--image", "good.png", "--prompt", "x", "--nonsense"), "nonsense"),
+        (("--prompt", "x"), "expected --image"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, part, skip_bundle, build, tmp_path):
+    picture = Image.open(PICTURE).convert("RGB")
+    picture.save(tmp_path / "good.png")
+    picture.save(tmp_path / "half.jpg")
+    shutil.copy(tmp_path / "good.png", tmp_path / "half.png")
+    for name in ("half.png", "half.jpg"):
+        truncate(tmp_path / name, (tmp_path / name).stat().st_size // 2)
+    (tmp_path / "text.png").write_text("no picture")
+    expect_error(run(build, skip_bundle, *arguments, cwd=tmp_path), part)
