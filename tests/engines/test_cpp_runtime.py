@@ -154,7 +154,7 @@ def test_two_threads(skip_bundle, probe):
     prompts = [q["question"] for q in questions(20)]
     texts = ask(probe, "threads", bundle=str(skip_bundle), image=str(PICTURE), prompts=prompts)
     assert texts[0] == texts[1]
-    assert texts[0].split("\n")[0::2] == texts[0].split("\n")[1::2] + [""]
+    assert texts[0].split("\n")[0::2] == [*texts[0].split("\n")[1::2], ""]
 
 
 def test_bench(skip_bundle, build):
@@ -271,7 +271,7 @@ def trained_tokenizer(kind):
 
 def random_texts():
     rng = np.random.default_rng(1)
-    pool = list("aab th e.,'\n\t 0129éß日👍\u0301<>") + ["the ", "<image>", "'ll", "\u00a0"]
+    pool = [*list("aab th e.,'\n\t 0129éß日👍́<>"), "the ", "<image>", "'ll", "\xa0"]
     return ["".join(rng.choice(pool, rng.integers(1, 60))) for _ in range(200)]
 
 
