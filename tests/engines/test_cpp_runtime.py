@@ -12,9 +12,12 @@ from conftest import EXAMPLE
 from cpp_build import SOURCE, ask, call, configure_and_build, need_tools, wheel_library
 from cpp_inputs import TEXTS, random_pictures, random_texts, trained_tokenizer
 from PIL import Image
+from tiny import write_tiny
 from transformers import CLIPImageProcessorPil
 
 from skipvision_export.config import SkipVisionConfig
+from skipvision_export.exporter import trace_model
+from skipvision_export.models.loading import resolve_model
 from skipvision_export.runtime.pipeline import Bundle
 
 N = int(os.environ.get("SKIPVISION_CPP_QUESTIONS", "12"))
@@ -155,6 +158,29 @@ def test_two_threads(skip_bundle, probe):
     texts = ask(probe, "threads", bundle=str(skip_bundle), image=str(PICTURE), prompts=prompts)
     assert texts[0] == texts[1]
     assert texts[0].split("\n")[0::2] == [*texts[0].split("\n")[1::2], ""]
+
+
+def peak_mb(build, folder):
+    ask_for = ("--image", PICTURE, "--prompt", QUESTION, "--bench", "--rounds", 1, "--max-new-tokens", 8)
+    done = run(build, folder, *ask_for, "--threads", 1)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["peak_rss_mb"]
+
+
+def test_weights_are_in_memory_once(build, bundle_folder, tmp_path):
+    """What a wide decoder adds to the peak is its weights and 30 %, though two sessions use them."""
+    write_tiny(
+        tmp_path / "model",
+        hidden_size=768,
+        intermediate_size=2048,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+    )
+    wide = trace_model(resolve_model(tmp_path / "model"))
+    folder = wide.write(tmp_path / "bundle", SkipVisionConfig.preset("skip-75")).folder
+    weights_mb = (folder / "onnx" / "decoder.onnx_data").stat().st_size / 1e6
+    assert weights_mb > 80
+    assert peak_mb(build, folder) - peak_mb(build, bundle_folder) < 1.3 * weights_mb
 
 
 def test_bench(skip_bundle, build):
