@@ -17,7 +17,8 @@ HEADERS = (
     "onnxruntime_cxx_api.h",
     "nlohmann/json.hpp",
     "CLI/CLI.hpp",
-    "stb/stb_image.h",
+    "png.h",
+    "turbojpeg.h",
     "pcre2.h",
     "utf8proc.h",
 )

@@ -103,8 +103,8 @@ void Bpe::encode(const std::string& word, std::vector<std::int64_t>& ids) const 
     if (std::int64_t whole = id(word); whole >= 0) return ids.push_back(whole);
   }
   std::vector<std::int64_t> symbols = characters(word);
-  // A doubly linked list of symbols, and a queue of the merges that its neighbours allow: n log n in
-  // the length of a word, which is the whole text where nothing splits it.
+  // A doubly linked list of symbols, and a queue of the merges that its neighbours allow: n log n
+  // in the length of a word, which is the whole text where nothing splits it.
   auto count = static_cast<int>(symbols.size());
   std::vector<int> next(count), previous(count);
   using Candidate = std::tuple<std::int64_t, int, std::int64_t>;  // rank, left place, merged id

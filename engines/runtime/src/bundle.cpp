@@ -74,8 +74,9 @@ ModelInput Bundle::Parts::prepare(const Picture& picture, std::string_view quest
   input.ids = prompt(question);
   auto length = static_cast<std::int64_t>(input.ids.size());
   if (length >= positions)
-    throw Error("the prompt has " + std::to_string(length) + " tokens, the model reads fewer than " +
-                std::to_string(positions) + "; shorten it");
+    throw Error("the prompt has " + std::to_string(length) +
+                " tokens, the model reads fewer than " + std::to_string(positions) +
+                "; shorten it");
   if (length + options.max_new_tokens > positions)
     throw Error("the prompt's " + std::to_string(length) + " tokens and " +
                 std::to_string(options.max_new_tokens) + " new ones are over the model's " +

@@ -12,8 +12,8 @@ namespace skipvision {
 /// The whole file; throws Error where it is missing or cannot be read.
 std::string read_file(const std::filesystem::path& file);
 
-/// A value inside a JSON file, with its place for errors. Refers to the document, which must outlive
-/// it.
+/// A value inside a JSON file, with its place for errors. Refers to the document, which must
+/// outlive it.
 class Field {
  public:
   Field(const nlohmann::json& value, std::string file, std::string path = {})

@@ -80,7 +80,8 @@ Manifest Manifest::parse(const Document& document) {
   manifest.name = document.name();
   Field model = root.at("model");
   if (model.flag_or("tiled", false))
-    model.at("tiled").fail("models that cut pictures into tiles run in Python only; use `skipvision generate`");
+    model.at("tiled").fail(
+        "models that cut pictures into tiles run in Python only; use `skipvision generate`");
   manifest.num_layers = static_cast<int>(model.at("num_layers").integer(1, 10000));
   manifest.hidden_size = model.at("hidden_size").integer(1);
   manifest.vocab_size = model.at("vocab_size").integer(1);
@@ -103,8 +104,8 @@ Manifest Manifest::parse(const Document& document) {
   for (const char* group : {"graphs", "variants"}) {
     if (!root.has(group)) continue;
     for (const auto& [name, graph] : root.at(group).members())
-      manifest.graphs[name] = {inside(graph.at("file"), graph.at("file").text()), read_tensors(graph.at("inputs")),
-                               read_tensors(graph.at("outputs"))};
+      manifest.graphs[name] = {inside(graph.at("file"), graph.at("file").text()),
+                               read_tensors(graph.at("inputs")), read_tensors(graph.at("outputs"))};
   }
   for (const auto& [name, info] : root.at("files").members()) {
     inside(info, name);
@@ -124,11 +125,10 @@ void Manifest::verify(const std::filesystem::path& folder, bool hashes) const {
     if (error) throw Error(file.string() + " cannot be read: " + error.message());
     if (size != info.bytes)
       throw Error(file.string() + " is " + (size < info.bytes ? "truncated: " : "altered: ") +
-                  std::to_string(size) + " bytes, the manifest says " +
-                  std::to_string(info.bytes) + "; export again");
+                  std::to_string(size) + " bytes, the manifest says " + std::to_string(info.bytes) +
+                  "; export again");
     if (hashes && sha256_of(file) != info.sha256)
-      throw Error(file.string() +
-                  " is altered: its sha256 is not the manifest's; export again");
+      throw Error(file.string() + " is altered: its sha256 is not the manifest's; export again");
   }
 }
 

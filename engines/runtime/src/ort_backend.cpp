@@ -24,8 +24,7 @@ OrtBackend::OrtBackend(const std::filesystem::path& folder, const Manifest& mani
   options.SetIntraOpNumThreads(threads);
   options.SetGraphOptimizationLevel(ORT_ENABLE_ALL);
   auto load = [&](const std::string& name, const Ort::SessionOptions& own) {
-    return std::make_unique<OrtGraph>(env_, folder, manifest.graph(name), own,
-                                      weights_->packed());
+    return std::make_unique<OrtGraph>(env_, folder, manifest.graph(name), own, weights_->packed());
   };
   vision_ = load("vision_encoder", options);
   embed_ = load("embed_tokens", options);
@@ -49,8 +48,9 @@ Ort::Value OrtBackend::embed(const ModelInput& input, Ort::Value features) const
 
 std::unique_ptr<Sequence> OrtBackend::prefill(const ModelInput& input) const {
   OrtGraph::Feeds picture;
-  picture.emplace_back("pixel_values", make_tensor(vision_->input_dtype("pixel_values"),
-                                                   {1, 3, input.height, input.width}, input.pixels));
+  picture.emplace_back("pixel_values",
+                       make_tensor(vision_->input_dtype("pixel_values"),
+                                   {1, 3, input.height, input.width}, input.pixels));
   Ort::Value features = std::move(vision_->run(picture).at(0));
 
   auto length = static_cast<std::int64_t>(input.ids.size());
@@ -71,7 +71,8 @@ std::unique_ptr<Sequence> OrtBackend::prefill(const ModelInput& input) const {
                      view(indices.kv_keep, {1, static_cast<std::int64_t>(indices.kv_keep.size())}));
   if (prefill_->info().has_input("image_index"))
     feeds.emplace_back("image_index", view(indices.image_index, {1, length}));
-  Prefilled prefilled{prefill_->run(feeds), &prefill_->info().outputs,
+  Prefilled prefilled{prefill_->run(feeds),
+                      &prefill_->info().outputs,
                       {0, manifest_.visual_tokens, manifest_.hidden_size}};
   return make_sequence(*embed_, *decode_, shared_cache_, std::move(prefilled));
 }

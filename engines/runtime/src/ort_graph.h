@@ -21,7 +21,8 @@ Ort::Value view(std::vector<std::int64_t>& data, const Shape& shape);
 /// A new tensor of `dtype`, "float" or "float16", uninitialized.
 Ort::Value make_tensor(const std::string& dtype, const Shape& shape);
 /// The same with these values.
-Ort::Value make_tensor(const std::string& dtype, const Shape& shape, const std::vector<float>& data);
+Ort::Value make_tensor(const std::string& dtype, const Shape& shape,
+                       const std::vector<float>& data);
 /// The values of a float or float16 tensor.
 void read_floats(const Ort::Value& tensor, std::vector<float>& values);
 Shape shape_of(const Ort::Value& tensor);
@@ -48,8 +49,8 @@ class OrtGraph {
  public:
   using Feeds = std::vector<std::pair<std::string, Ort::Value>>;
 
-  /// Creates the session; `packed` holds what sessions share of their packed weights. Throws Error that
-  /// names the file where ONNX Runtime refuses it.
+  /// Creates the session; `packed` holds what sessions share of their packed weights. Throws Error
+  /// that names the file where ONNX Runtime refuses it.
   OrtGraph(const Ort::Env& env, const std::filesystem::path& folder, const GraphInfo& info,
            const Ort::SessionOptions& options, OrtPrepackedWeightsContainer* packed);
 

@@ -39,8 +39,8 @@ class OrtSequence : public Sequence {
     if (logits_.empty() || cache_.empty() || shape_of(cache_[0]).size() != 4)
       throw Error("decoder_prefill gives no logits or no K/V; export again");
     length_ = shape_of(cache_[0])[2];
-    embeds_ = make_tensor(decode.input_dtype("inputs_embeds"),
-                          {1, 1, prefilled.image_features.back()});
+    embeds_ =
+        make_tensor(decode.input_dtype("inputs_embeds"), {1, 1, prefilled.image_features.back()});
     logits_tensor_ =
         make_tensor(decode.input_dtype("inputs_embeds"), {1, 1, std::int64_t(logits_.size())});
     embed_binding_.BindInput("input_ids", view(id_, {1, 1}));

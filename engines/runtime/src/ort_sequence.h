@@ -15,9 +15,9 @@ struct Prefilled {
   Shape image_features;  // of an embedding without a picture: [0, V, D]
 };
 
-/// A sequence whose decode graph appends to one buffer for each layer's K and V, in place; the buffers
-/// grow by 256 positions. `shared` false: the graph joins past and new K/V into new tensors, which
-/// are handed to the next step as they are.
+/// A sequence whose decode graph appends to one buffer for each layer's K and V, in place; the
+/// buffers grow by 256 positions. `shared` false: the graph joins past and new K/V into new
+/// tensors, which are handed to the next step as they are.
 std::unique_ptr<Sequence> make_sequence(const OrtGraph& embed, const OrtGraph& decode, bool shared,
                                         Prefilled prefilled);
 

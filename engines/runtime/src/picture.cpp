@@ -1,17 +1,14 @@
-/// Decoding with stb_image: PNG and JPEG only, the pictures that data sets hold.
+/// Decoding with libpng and libjpeg-turbo, which Pillow uses too: the same pixels.
+#include <png.h>
+#include <turbojpeg.h>
+
+#include <csetjmp>
 #include <cstring>
+#include <memory>
 #include <string_view>
 
 #include "json.h"
 #include "skipvision/skipvision.h"
-
-#define STB_IMAGE_IMPLEMENTATION
-#define STB_IMAGE_STATIC
-#define STBI_ONLY_PNG
-#define STBI_ONLY_JPEG
-#define STBI_NO_STDIO
-#define STBI_NO_FAILURE_STRINGS
-#include <stb_image.h>
 
 namespace skipvision {
 namespace {
@@ -19,11 +16,107 @@ namespace {
 // Pillow's limit against decompression bombs.
 constexpr std::int64_t kMaxPixels = 178956970;
 
-/// stb gives what there is of a truncated JPEG: its last scan has no end marker.
-bool truncated_jpeg(std::string_view data) {
-  if (data.substr(0, 2) != "\xFF\xD8") return false;
-  auto scan = data.rfind("\xFF\xDA");
-  return scan == std::string_view::npos || data.find("\xFF\xD9", scan) == std::string_view::npos;
+[[noreturn]] void fail_broken(const std::string& name) {
+  throw Error(name + " is truncated or no picture; expected PNG or JPEG");
+}
+
+Picture sized(std::int64_t width, std::int64_t height, const std::string& name) {
+  if (width < 1 || height < 1) fail_broken(name);
+  if (width > kMaxPixels / height)
+    throw Error(name + " has " + std::to_string(width) + " x " + std::to_string(height) +
+                " pixels, over the limit of " + std::to_string(kMaxPixels));
+  Picture picture{static_cast<int>(width), static_cast<int>(height), {}};
+  picture.rgb.resize(static_cast<std::size_t>(3 * width * height));
+  return picture;
+}
+
+/// libpng's reader. Its errors jump, over nothing that has a destructor: each step is a function of
+/// its own whose variables are plain, and says whether it came to its end.
+class PngReader {
+ public:
+  PngReader(const std::uint8_t* data, std::size_t bytes) : rest_(data), bytes_(bytes) {
+    png_ = png_create_read_struct(PNG_LIBPNG_VER_STRING, this, jump, ignore);
+    info_ = png_ ? png_create_info_struct(png_) : nullptr;
+    if (!info_) throw Error("no memory to read a picture");
+    png_set_read_fn(png_, this, read);
+  }
+  ~PngReader() { png_destroy_read_struct(&png_, &info_, nullptr); }
+  PngReader(const PngReader&) = delete;
+  PngReader& operator=(const PngReader&) = delete;
+
+  bool read_header() {
+    if (setjmp(place_)) return false;
+    png_read_info(png_, info_);
+    width = png_get_image_width(png_, info_);
+    height = png_get_image_height(png_, info_);
+    grey16 = png_get_bit_depth(png_, info_) == 16 &&
+             !(png_get_color_type(png_, info_) & PNG_COLOR_MASK_COLOR);
+    png_set_expand(png_);
+    png_set_strip_16(png_);
+    png_set_strip_alpha(png_);
+    png_set_gray_to_rgb(png_);
+    passes_ = png_set_interlace_handling(png_);
+    png_read_update_info(png_, info_);
+    return png_get_rowbytes(png_, info_) == std::size_t{3} * width;
+  }
+
+  bool read_pixels(std::uint8_t* rgb) {
+    if (setjmp(place_)) return false;
+    for (int pass = 0; pass < passes_; ++pass)
+      for (png_uint_32 y = 0; y < height; ++y)
+        png_read_row(png_, rgb + std::size_t{3} * width * y, nullptr);
+    png_read_end(png_, nullptr);
+    return true;
+  }
+
+  png_uint_32 width = 0, height = 0;
+  bool grey16 = false;
+
+ private:
+  static void jump(png_structp png, png_const_charp) {
+    std::longjmp(static_cast<PngReader*>(png_get_error_ptr(png))->place_, 1);
+  }
+  static void ignore(png_structp, png_const_charp) {}
+  static void read(png_structp png, png_bytep out, std::size_t count) {
+    auto* self = static_cast<PngReader*>(png_get_io_ptr(png));
+    if (count > self->bytes_) png_error(png, "truncated");
+    std::memcpy(out, self->rest_, count);
+    self->rest_ += count;
+    self->bytes_ -= count;
+  }
+
+  const std::uint8_t* rest_;
+  std::size_t bytes_;
+  png_structp png_ = nullptr;
+  png_infop info_ = nullptr;
+  int passes_ = 1;
+  std::jmp_buf place_;
+};
+
+Picture decode_png(const std::uint8_t* data, std::size_t bytes, const std::string& name) {
+  PngReader reader(data, bytes);
+  if (!reader.read_header()) fail_broken(name);
+  if (reader.grey16) throw Error(name + " has 16 bits of grey; save it with 8");
+  Picture picture = sized(reader.width, reader.height, name);
+  if (!reader.read_pixels(picture.rgb.data())) fail_broken(name);
+  return picture;
+}
+
+Picture decode_jpeg(const std::uint8_t* data, std::size_t bytes, const std::string& name) {
+  std::unique_ptr<void, int (*)(tjhandle)> reader(tjInitDecompress(), tjDestroy);
+  if (!reader) throw Error("no memory to read a picture");
+  int width = 0, height = 0, subsampling = 0, colours = 0;
+  if (tjDecompressHeader3(reader.get(), data, bytes, &width, &height, &subsampling, &colours) != 0)
+    fail_broken(name);
+  if (colours == TJCS_CMYK || colours == TJCS_YCCK)
+    throw Error(name + " is in CMYK colours; save it in RGB");
+  Picture picture = sized(width, height, name);
+  // Stopped at the first warning, for what there is of a truncated picture comes with one; and in
+  // scans, of which a small file may ask for thousands.
+  if (tjDecompress2(reader.get(), data, bytes, picture.rgb.data(), width, 0, height, TJPF_RGB,
+                    TJFLAG_ACCURATEDCT | TJFLAG_STOPONWARNING | TJFLAG_LIMITSCANS) != 0)
+    fail_broken(name);
+  return picture;
 }
 
 }  // namespace
@@ -37,26 +130,11 @@ Picture Picture::open(const std::filesystem::path& file) {
 }
 
 Picture Picture::decode(const void* data, std::size_t bytes, const std::string& name) {
-  auto* start = static_cast<const stbi_uc*>(data);
-  int width = 0, height = 0, channels = 0;
-  if (bytes > INT32_MAX) throw Error(name + " is too large: over 2 GiB");
-  auto size = static_cast<int>(bytes);
-  if (!stbi_info_from_memory(start, size, &width, &height, &channels))
-    throw Error(name + " is truncated or no picture; expected PNG or JPEG");
-  if (std::int64_t{width} * height > kMaxPixels)
-    throw Error(name + " has " + std::to_string(width) + " x " + std::to_string(height) +
-                " pixels, over the limit of " + std::to_string(kMaxPixels));
-  if (channels < 3 && stbi_is_16_bit_from_memory(start, size))
-    throw Error(name + " has 16 bits of grey; save it with 8");
-  if (truncated_jpeg({static_cast<const char*>(data), bytes})) throw Error(name + " is truncated");
-  std::unique_ptr<stbi_uc, void (*)(void*)> pixels(
-      stbi_load_from_memory(start, size, &width, &height, &channels, 3), stbi_image_free);
-  if (!pixels) throw Error(name + " is truncated or no picture; expected PNG or JPEG");
-  Picture picture;
-  picture.width = width;
-  picture.height = height;
-  picture.rgb.assign(pixels.get(), pixels.get() + std::size_t{3} * width * height);
-  return picture;
+  auto* start = static_cast<const std::uint8_t*>(data);
+  std::string_view view(static_cast<const char*>(data), bytes);
+  if (view.substr(0, 4) == "\x89PNG") return decode_png(start, bytes, name);
+  if (view.substr(0, 2) == "\xFF\xD8") return decode_jpeg(start, bytes, name);
+  fail_broken(name);
 }
 
 }  // namespace skipvision

@@ -147,7 +147,8 @@ void add_splitter(const Field& field, std::vector<Splitter>& steps) {
   } else if (type == "Digits") {
     const char* pattern = field.flag_or("individual_digits", false) ? R"(\p{N})" : R"(\p{N}+)";
     auto regex = std::make_shared<Regex>(pattern, field);
-    steps.push_back([regex](const std::string& word, bool) { return cut(*regex, word, true, true); });
+    steps.push_back(
+        [regex](const std::string& word, bool) { return cut(*regex, word, true, true); });
   } else {
     field.at("type").fail("pre-tokenizer '" + type + "' is not supported");
   }
@@ -185,7 +186,8 @@ std::vector<std::pair<std::size_t, std::size_t>> Regex::find(std::string_view te
     int rc = pcre2_match(code, reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), at,
                          at == 0 ? 0 : PCRE2_NO_UTF_CHECK, match.get(), nullptr);
     if (rc == PCRE2_ERROR_NOMATCH) break;
-    if (rc < 0) throw Error("the prompt cannot be split into words (PCRE2 " + std::to_string(rc) + ")");
+    if (rc < 0)
+      throw Error("the prompt cannot be split into words (PCRE2 " + std::to_string(rc) + ")");
     const PCRE2_SIZE* range = pcre2_get_ovector_pointer(match.get());
     // A pattern with \K may give a match that ends before it begins.
     if (range[0] < range[1] && range[0] >= at) {

@@ -1,4 +1,5 @@
-/// What happens to text before byte-pair encoding: normalizers and pre-tokenizers of a tokenizer.json.
+/// What happens to text before byte-pair encoding: normalizers and pre-tokenizers of a
+/// tokenizer.json.
 #pragma once
 
 #include <functional>
@@ -16,7 +17,8 @@ class Regex {
  public:
   /// Throws Error of `field` for one that PCRE2 refuses.
   Regex(const std::string& pattern, const Field& field);
-  /// [begin, end) of every match that is not empty; throws Error for text that it cannot be done on.
+  /// [begin, end) of every match that is not empty; throws Error for text that it cannot be done
+  /// on.
   std::vector<std::pair<std::size_t, std::size_t>> find(std::string_view text) const;
 
  private:

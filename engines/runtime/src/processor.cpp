@@ -41,7 +41,8 @@ ImageProcessor::ImageProcessor(const Field& config) {
   if (type != "CLIPImageProcessor" && type != "CLIPImageProcessorPil" &&
       type != "CLIPImageProcessorFast")
     config.at("image_processor_type").fail("'" + type + "' is not supported, only CLIP's is");
-  if (config.has("do_pad") && config.at("do_pad").flag()) config.at("do_pad").fail("is not supported");
+  if (config.has("do_pad") && config.at("do_pad").flag())
+    config.at("do_pad").fail("is not supported");
   if (config.has("resample") && config.at("resample").integer() != kBicubic)
     config.at("resample").fail("expected 3, bicubic; others are not supported");
   resize_ = config.flag_or("do_resize", true);

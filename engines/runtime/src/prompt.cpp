@@ -8,7 +8,8 @@ namespace {
 
 int count(std::string_view text, std::string_view part) {
   int found = 0;
-  for (auto at = text.find(part); at != std::string_view::npos; at = text.find(part, at + part.size()))
+  for (auto at = text.find(part); at != std::string_view::npos;
+       at = text.find(part, at + part.size()))
     ++found;
   return found;
 }
@@ -30,8 +31,7 @@ PromptBuilder::PromptBuilder(const Manifest& manifest, const Tokenizer& tokenize
 
 std::vector<std::int64_t> PromptBuilder::operator()(std::string_view question) const {
   if (!is_utf8(question)) throw Error("the prompt is not UTF-8");
-  if (strip(question).empty())
-    throw Error("the prompt is empty; ask something about the picture");
+  if (strip(question).empty()) throw Error("the prompt is empty; ask something about the picture");
   std::string text(question);
   if (count(text, placeholder_) == 0 && manifest_.prompt) {
     const ChatPrompt& chat = *manifest_.prompt;

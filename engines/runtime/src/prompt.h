@@ -17,8 +17,8 @@ class PromptBuilder {
  public:
   /// Throws Error where the tokenizer has no placeholder.
   PromptBuilder(const Manifest& manifest, const Tokenizer& tokenizer);
-  /// `layout.total()` placeholders stand for the picture; throws Error for a prompt that is empty or
-  /// has more or less than one place for it.
+  /// `layout.total()` placeholders stand for the picture; throws Error for a prompt that is empty
+  /// or has more or less than one place for it.
   std::vector<std::int64_t> operator()(std::string_view question) const;
 
  private:
@@ -28,7 +28,8 @@ class PromptBuilder {
 };
 
 /// End tokens: generation_config.json's, else config.json's, else the tokenizer's.
-std::vector<std::int64_t> end_tokens(const std::filesystem::path& folder, const Tokenizer& tokenizer);
+std::vector<std::int64_t> end_tokens(const std::filesystem::path& folder,
+                                     const Tokenizer& tokenizer);
 
 /// The model's max_position_embeddings; INT32_MAX where config.json does not say.
 std::int64_t max_positions(const std::filesystem::path& folder);

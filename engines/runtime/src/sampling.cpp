@@ -12,7 +12,8 @@ Sampler::Sampler(const GenerateOptions& options)
       top_p_(options.top_p),
       random_(options.seed) {
   if (!(options.temperature >= 0) || !std::isfinite(options.temperature))
-    throw Error("temperature is " + std::to_string(options.temperature) + ", expected 0 (greedy) or more");
+    throw Error("temperature is " + std::to_string(options.temperature) +
+                ", expected 0 (greedy) or more");
   if (options.top_k < 0)
     throw Error("top_k is " + std::to_string(options.top_k) + ", expected 0 (all) or more");
   if (!(options.top_p > 0 && options.top_p <= 1))

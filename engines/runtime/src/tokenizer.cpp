@@ -29,9 +29,9 @@ Tokenizer::Tokenizer(const Document& document)
 
 void Tokenizer::read_added(const Field& list) {
   for (const Field& item : list.items()) {
-    AddedToken token{item.at("id").integer(),          item.at("content").text(),
-                     item.flag_or("special", false),   item.flag_or("lstrip", false),
-                     item.flag_or("rstrip", false),    item.flag_or("normalized", false)};
+    AddedToken token{item.at("id").integer(),        item.at("content").text(),
+                     item.flag_or("special", false), item.flag_or("lstrip", false),
+                     item.flag_or("rstrip", false),  item.flag_or("normalized", false)};
     if (item.flag_or("single_word", false)) item.at("single_word").fail("is not supported");
     if (token.content.empty()) item.at("content").fail("is empty");
     tokens_[token.id] = token.content;
@@ -75,10 +75,12 @@ void Tokenizer::read_decoder(const Field& decoder) {
     space_mark_ = decoder.text_or("replacement", "\u2581");
   } else if (type == "Replace") {
     space_mark_ = decoder.at("pattern").at("String").text();
-    if (decoder.at("content").text() != " ") decoder.at("content").fail("only a space is supported");
+    if (decoder.at("content").text() != " ")
+      decoder.at("content").fail("only a space is supported");
   } else if (type == "Strip") {
     // Answers are stripped in any case.
-    if (decoder.at("content").text() != " ") decoder.at("content").fail("only a space is supported");
+    if (decoder.at("content").text() != " ")
+      decoder.at("content").fail("only a space is supported");
   } else if (type != "ByteFallback" && type != "Fuse") {
     decoder.at("type").fail("decoder '" + type + "' is not supported");
   }
@@ -95,7 +97,8 @@ std::vector<Tokenizer::Piece> Tokenizer::extract(const Piece& piece, bool normal
   std::size_t begin = 0;
   auto put = [&](std::size_t end) {
     if (end > begin)
-      pieces.push_back({std::string(text.substr(begin, end - begin)), -1, piece.first && begin == 0});
+      pieces.push_back(
+          {std::string(text.substr(begin, end - begin)), -1, piece.first && begin == 0});
   };
   for (std::size_t at = 0; at < text.size();) {
     auto token = std::find_if(added_.begin(), added_.end(), [&](const AddedToken& t) {

@@ -40,9 +40,9 @@ class Tokenizer {
  private:
   friend class Detokenizer;
   struct Piece {
-    std::string text;        // where id < 0
-    std::int64_t id = -1;    // of an added token
-    bool first = false;      // at the very start of the prompt
+    std::string text;      // where id < 0
+    std::int64_t id = -1;  // of an added token
+    bool first = false;    // at the very start of the prompt
   };
 
   void read_added(const Field& root);

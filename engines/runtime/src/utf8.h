@@ -7,16 +7,16 @@
 
 namespace skipvision {
 
-/// What stands at the start of `text`: a character, bytes that are none, or the start of a character
-/// that may still be completed.
+/// What stands at the start of `text`: a character, bytes that are none, or the start of a
+/// character that may still be completed.
 struct Utf8Head {
   enum Kind { kCharacter, kInvalid, kIncomplete } kind = kInvalid;
   std::size_t bytes = 1;
   char32_t code = 0xFFFD;
 };
 
-/// The head of a text that is not empty. Invalid bytes are counted as Unicode's "maximal subpart", so
-/// that each such head is one U+FFFD, as in Python and Rust.
+/// The head of a text that is not empty. Invalid bytes are counted as Unicode's "maximal subpart",
+/// so that each such head is one U+FFFD, as in Python and Rust.
 Utf8Head utf8_head(std::string_view text);
 
 bool is_utf8(std::string_view text);

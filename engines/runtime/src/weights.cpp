@@ -25,11 +25,21 @@ class Message {
     std::uint64_t key = varint();
     number = static_cast<int>(key >> 3);
     switch (key & 7) {
-      case 0: value = varint(); bytes = {}; break;
-      case 1: bytes = take(8); break;
-      case 2: bytes = take(varint()); break;
-      case 5: bytes = take(4); break;
-      default: fail();
+      case 0:
+        value = varint();
+        bytes = {};
+        break;
+      case 1:
+        bytes = take(8);
+        break;
+      case 2:
+        bytes = take(varint());
+        break;
+      case 5:
+        bytes = take(4);
+        break;
+      default:
+        fail();
     }
     return true;
   }
@@ -45,7 +55,9 @@ class Message {
   }
 
   bool empty() const { return rest_.empty(); }
-  [[noreturn]] void fail() const { throw Error(file_ + " is altered: it is no ONNX graph; export again"); }
+  [[noreturn]] void fail() const {
+    throw Error(file_ + " is altered: it is no ONNX graph; export again");
+  }
 
   int number = 0;
   std::uint64_t value = 0;
@@ -140,10 +152,10 @@ void SharedWeights::add_to(Ort::SessionOptions& options, const std::filesystem::
       throw Error(graph.string() + " is altered: " + tensor.name + " is not within " + tensor.file +
                   "; export again");
     guarded("ONNX Runtime refuses " + tensor.name + " of " + graph.string(), [&] {
-      tensors_.push_back(Ort::Value::CreateTensor(
-          memory, static_cast<char*>(file.data.get()) + tensor.offset, tensor.bytes,
-          tensor.shape.data(), tensor.shape.size(),
-          static_cast<ONNXTensorElementDataType>(tensor.dtype)));
+      tensors_.push_back(
+          Ort::Value::CreateTensor(memory, static_cast<char*>(file.data.get()) + tensor.offset,
+                                   tensor.bytes, tensor.shape.data(), tensor.shape.size(),
+                                   static_cast<ONNXTensorElementDataType>(tensor.dtype)));
       options.AddInitializer(tensor.name.c_str(), tensors_.back());
     });
     quantized = quantized || (tensor.dtype != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT &&

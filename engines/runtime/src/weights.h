@@ -31,12 +31,12 @@ class SharedWeights {
  public:
   SharedWeights();
 
-  /// Gives a session the graph's external tensors without a copy; throws Error where they do not fit
-  /// their file.
+  /// Gives a session the graph's external tensors without a copy; throws Error where they do not
+  /// fit their file.
   ///
-  /// Floating-point weights are then read as they lie, for packed ones would be a second copy: prefill
-  /// packs as it goes, and decode's products with one row are faster without. Quantized weights have
-  /// fast kernels for packed ones only; those are packed once for all sessions.
+  /// Floating-point weights are then read as they lie, for packed ones would be a second copy:
+  /// prefill packs as it goes, and decode's products with one row are faster without. Quantized
+  /// weights have fast kernels for packed ones only; those are packed once for all sessions.
   void add_to(Ort::SessionOptions& options, const std::filesystem::path& graph);
   OrtPrepackedWeightsContainer* packed() const { return packed_.get(); }
 

@@ -16,7 +16,8 @@ json encode(const json& request) {
   skipvision::Document file(request["tokenizer"].get<std::string>(), "again");
   skipvision::Tokenizer tokenizer(file);
   json all = json::array();
-  for (const json& text : request["texts"]) all.push_back(tokenizer.encode(text.get<std::string>()));
+  for (const json& text : request["texts"])
+    all.push_back(tokenizer.encode(text.get<std::string>()));
   return all;
 }
 
@@ -47,8 +48,8 @@ json pixels(const json& request) {
   return {processor.height(), processor.width()};
 }
 
-/// {"bundle": .., "image": .., "prompts": [..]}: two threads, each with all prompts on one bundle and
-/// on one of its own -> whether all answers are the same.
+/// {"bundle": .., "image": .., "prompts": [..]}: two threads, each with all prompts on one bundle
+/// and on one of its own -> whether all answers are the same.
 json threads(const json& request) {
   std::string folder = request["bundle"].get<std::string>();
   skipvision::Bundle shared(folder, {false, 1});

@@ -38,7 +38,8 @@ void check_error(const std::string& part, const std::function<void()>& call) {
 // A byte-level vocabulary of the 256 bytes, one merge and a special token.
 std::string byte_tokenizer() {
   nlohmann::json vocab;
-  for (int byte = 0; byte < 256; ++byte) vocab[byte_character(static_cast<std::uint8_t>(byte))] = byte;
+  for (int byte = 0; byte < 256; ++byte)
+    vocab[byte_character(static_cast<std::uint8_t>(byte))] = byte;
   vocab["ab"] = 256;
   nlohmann::json file = {
       {"model", {{"type", "BPE"}, {"vocab", vocab}, {"merges", {"a b"}}}},
@@ -50,7 +51,8 @@ std::string byte_tokenizer() {
 
 void test_utf8() {
   check(is_utf8("a\u00e9\u65e5\U0001F600"), "whole characters");
-  for (const char* text : {"\x80", "\xC0\xAF", "\xE0\x80\x80", "\xED\xA0\x80", "\xF5\x80\x80\x80", "\xE6\x97"})
+  for (const char* text :
+       {"\x80", "\xC0\xAF", "\xE0\x80\x80", "\xED\xA0\x80", "\xF5\x80\x80\x80", "\xE6\x97"})
     check(!is_utf8(text), "broken UTF-8 taken");
   check(strip(" \n\u00a0a b\u3000 ") == "a b", "strip");
   check(strip(" \t ").empty(), "strip of spaces");
@@ -138,7 +140,8 @@ void test_resize() {
 
 void test_layout() {
   Layout layout;
-  for (auto [role, count] : {std::pair{"retained", 2}, {"summary", 1}, {"skipped", 2}, {"kv_only", 1}}) {
+  for (auto [role, count] :
+       {std::pair{"retained", 2}, {"summary", 1}, {"skipped", 2}, {"kv_only", 1}}) {
     Run run;
     check(set_role(run, role), "role");
     run.count = count;
@@ -152,8 +155,9 @@ void test_layout() {
   layout.tiers = {0, 0, 1, 2};
   layout.layer_tiers = {2, 0, 1};
   check(layout.used_tiers() == std::vector<int>{1, 2}, "tiers");
-  check(prefill_indices(ids, 9, layout).ffn_rows[1] ==
-            std::vector<std::int64_t>{0, 1, 2, 3, 4, 5, 7}, "ffn_index.2");
+  check(
+      prefill_indices(ids, 9, layout).ffn_rows[1] == std::vector<std::int64_t>{0, 1, 2, 3, 4, 5, 7},
+      "ffn_index.2");
 }
 
 void test_manifest_errors() {

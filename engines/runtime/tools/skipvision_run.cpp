@@ -1,4 +1,5 @@
-/// skipvision-run BUNDLE --image FILE --prompt TEXT: what `skipvision generate` does, without Python.
+/// skipvision-run BUNDLE --image FILE --prompt TEXT: what `skipvision generate` does, without
+/// Python.
 #include <sys/resource.h>
 
 #include <CLI/CLI.hpp>
@@ -61,8 +62,8 @@ json bench(const skipvision::Bundle& bundle, const skipvision::Picture& picture,
     steps.insert(steps.end(), s.decode_ms.begin(), s.decode_ms.end());
     tokens = static_cast<int>(answer.token_ids.size());
   }
-  return {{"rounds", arguments.rounds},   {"new_tokens", tokens},
-          {"prepare_ms", median(prepare)}, {"ttft_ms", median(first)},
+  return {{"rounds", arguments.rounds},           {"new_tokens", tokens},
+          {"prepare_ms", median(prepare)},        {"ttft_ms", median(first)},
           {"decode_ms_per_token", median(steps)}, {"peak_rss_mb", peak_rss_mb()}};
 }
 
@@ -115,7 +116,8 @@ int main(int argc, char** argv) {
   CLI::App app("Answer a question about a picture with a bundle that `skipvision export` wrote.");
   app.add_option("bundle", arguments.bundle, "The bundle's folder")->required();
   app.add_option("--image", arguments.image, "A PNG or JPEG file");
-  app.add_option("--prompt", arguments.prompt, "A question, or a whole prompt with its placeholder");
+  app.add_option("--prompt", arguments.prompt,
+                 "A question, or a whole prompt with its placeholder");
   app.add_option("--max-new-tokens", arguments.options.max_new_tokens, "Where an answer is cut");
   app.add_option("--temperature", arguments.options.temperature, "0 (greedy) or more");
   app.add_option("--top-k", arguments.options.top_k, "Of the K likeliest tokens; 0 for all");
@@ -123,10 +125,12 @@ int main(int argc, char** argv) {
   app.add_option("--seed", arguments.options.seed, "Of the sampling");
   app.add_option("--threads", arguments.bundle_options.threads, "0 lets ONNX Runtime choose");
   app.add_option("--json", arguments.json_file, "Write the result to this file");
-  app.add_option("--rounds", arguments.rounds, "Timed rounds of --bench")->check(CLI::PositiveNumber);
+  app.add_option("--rounds", arguments.rounds, "Timed rounds of --bench")
+      ->check(CLI::PositiveNumber);
   app.add_flag("--no-hashes", arguments.no_hashes, "Check the files' sizes only");
   app.add_flag("--bench", arguments.bench, "Print times and peak memory as JSON");
-  app.add_flag("--lines", lines, "Requests from standard input: {\"image\": FILE, \"prompt\": TEXT}");
+  app.add_flag("--lines", lines,
+               "Requests from standard input: {\"image\": FILE, \"prompt\": TEXT}");
   try {
     app.parse(argc, argv);
     run(arguments, lines);

@@ -16,8 +16,8 @@
 
 namespace skipvision {
 
-/// The only exception that the library throws on purpose: one line that says what is wrong, what was
-/// expected and what to do; where a file of the bundle is at fault, its name and the field.
+/// The only exception that the library throws on purpose: one line that says what is wrong, what
+/// was expected and what to do; where a file of the bundle is at fault, its name and the field.
 class Error : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
