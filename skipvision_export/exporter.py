@@ -16,6 +16,7 @@ from skipvision_export.bundle import (
     SourceInfo,
     atomic_folder,
     check_output,
+    check_reference,
     check_room,
     file_table,
     write_graphs,
@@ -62,11 +63,14 @@ class TracedModel:
         config: SkipVisionConfig,
         force: bool = False,
         weights: str | None = None,
+        reference_weights: bool = False,
     ) -> Bundle:
         """Rewrite the graphs for `config` and write a bundle; atomic.
 
         weights: what the decoder's matrices become; None leaves them in the traced type.
+        reference_weights: those of `trace_skeleton` that keep their type are linked, see `export`.
         """
+        from skipvision_export.graph.as_stored import turn_in_graph
         from skipvision_export.graph.int4 import check_weights, quantize
         from skipvision_export.graph.passes.int4_weights import Int4WeightsPass
         from skipvision_export.graph.rewrite import rewrite
@@ -75,7 +79,7 @@ class TracedModel:
         from skipvision_export.runtime.pipeline import Bundle
 
         check_output(out, force)
-        kind = check_weights(weights, self.dtype)
+        kind = check_weights(weights, self.dtype, reference_weights)
         family, hf_config = self.source.family, self.source.config
         dims = family.decoder_dims(hf_config)
         visual = family.visual_tokens(hf_config)
@@ -92,9 +96,12 @@ class TracedModel:
         rewritten = rewrite(self.trace, context)
         with atomic_folder(out, force) as folder:
             models = rewritten.graphs | rewritten.variants
+            if reference_weights:
+                for model in models.values():
+                    turn_in_graph(model)
             shared = (PREFILL, DECODE, *rewritten.variants)
             reader = SourceReader(self.source.folder)
-            written = write_graphs(models, folder, shared, "decoder.onnx_data", reader)
+            written = write_graphs(models, folder, shared, "decoder.onnx_data", reader, reference_weights)
             copy_companions(self.source.folder, folder)
             manifest = Manifest(
                 source=SourceInfo(
@@ -127,6 +134,7 @@ class TracedModel:
                 variants={name: written.graphs[name] for name in rewritten.variants},
                 tools={tool: version(tool) for tool in _TOOLS},
                 files=file_table(folder, written.files),
+                referenced=written.referenced,
             )
             text = manifest.model_dump_json(indent=1)
             (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
@@ -178,6 +186,7 @@ def export(
     *,
     dtype: str = "float32",
     weights: str | None = None,
+    reference_weights: bool = False,
     force: bool = False,
     revision: str | None = None,
     progress: Progress = lambda _: None,
@@ -185,25 +194,30 @@ def export(
     """Export a Hugging Face VLM (a folder or a Hub id) to a bundle at `out`.
 
     config: by default the one that the model was fine-tuned with, which it carries. weights: "int4"
-    makes the decoder's matrices MatMulNBits of ONNX Runtime; by default they are of `dtype`. What can
-    be refused without the weights is refused before they load. Raises ModelError, ConfigError,
-    OutputError and PassError.
+    makes the decoder's matrices MatMulNBits of ONNX Runtime; by default they are of `dtype`.
+    reference_weights: weights that are of `dtype` already are not copied; the bundle holds hard links to
+    the model's files, so it needs their file system, and must be exported again once they are changed
+    (moved or deleted they may be). What can be refused without the weights is refused before they load.
+    Raises ModelError, ConfigError, OutputError and PassError.
     """
     from skipvision_export.graph.int4 import check_weights
     from skipvision_export.method.saved import saved_config
 
     out = Path(out)
     check_output(out, force)
-    check_weights(weights, dtype)
+    check_weights(weights, dtype, reference_weights)
     source = resolve_model(model, revision)
     config = config or saved_config(source.folder)
     if config is None:
         raise ConfigError(f"{model} carries no configuration of its own; give one, such as a preset")
     source.family.layout(source.config, config)
-    check_room(_check(source, dtype), dtype, out)
+    checkpoint = _check(source, dtype)
+    if reference_weights:
+        check_reference(checkpoint, dtype)
+    check_room(checkpoint, dtype, out, reference_weights)
     traced = trace_skeleton(source, dtype, progress)
     progress("rewriting and writing")
-    return traced.write(out, config, force, weights)
+    return traced.write(out, config, force, weights, reference_weights)
 
 
 def _summary_weights(source: ModelSource) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The folder that export writes and every runtime reads: layout, manifest, hashes."""
 
-from skipvision_export.bundle.graphs import write_graphs
+from skipvision_export.bundle.graphs import load_graph, write_graphs
 from skipvision_export.bundle.manifest import (
     MANIFEST,
     GraphInfo,
@@ -15,6 +15,7 @@ from skipvision_export.bundle.manifest import (
     sha256_of,
 )
 from skipvision_export.bundle.output import atomic_folder, check_output, check_output_file, write_text
+from skipvision_export.bundle.references import check_reference
 from skipvision_export.bundle.room import check_room
 
 __all__ = [
@@ -30,8 +31,10 @@ __all__ = [
     "atomic_folder",
     "check_output",
     "check_output_file",
+    "check_reference",
     "check_room",
     "file_table",
+    "load_graph",
     "sha256_of",
     "write_graphs",
     "write_text",

@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from skipvision_export.bundle.manifest import FileInfo, GraphInfo, TensorInfo
+from skipvision_export.bundle.references import Links
 from skipvision_export.models.checkpoint import StoredTensor
 from skipvision_export.models.reader import SourceReader
 from skipvision_export.models.weights import WeightTensor
@@ -27,10 +28,14 @@ _MAX_INLINE_TOTAL = 64 << 20
 
 @dataclass(frozen=True)
 class Written:
-    """Graphs by name, and size and hash of their data files, by path in the bundle."""
+    """Graphs by name, and size and hash of their data files, by path in the bundle.
+
+    referenced: those of them that are links, and the name of the checkpoint's file.
+    """
 
     graphs: dict[str, GraphInfo]
     files: dict[str, FileInfo]
+    referenced: dict[str, str]
 
 
 def write_graphs(
@@ -39,32 +44,82 @@ def write_graphs(
     shared: tuple[str, ...],
     data_name: str,
     source: SourceReader | None = None,
+    reference: bool = False,
 ) -> Written:
     """Save `graphs` as folder/onnx/NAME.onnx.
 
     Tensors of the graphs named in `shared` go to one file `data_name`, equal ones once; other graphs
     hold their weights unless they are too large for a protobuf. source: where WeightTensors come from,
-    in one pass. Raises ModelError for weights that are not finite.
+    in one pass. reference: those that are as they are stored stay there, linked. Raises ModelError for
+    weights that are not finite, and OutputError where files cannot be linked.
     """
     target = folder / "onnx"
     target.mkdir()
     files: dict[str, FileInfo] = {}
+    links = Links(target) if reference else None
     with ExitStack() as stack:
-        places = []
+        places: list[tuple[ir.Model, _DataFile | None]] = []
         common = stack.enter_context(_data_file(target / data_name, files))
         for name, model in graphs.items():
             if name in shared:
                 places.append((model, common))
-            elif _nbytes(model) > _MAX_INLINE_TOTAL:
+            elif _copied_bytes(model, links) > _MAX_INLINE_TOTAL:
                 own = stack.enter_context(_data_file(target / f"{name}.onnx_data", files))
                 places.append((model, own))
-        _externalize(places, source)
+            elif links is not None:
+                places.append((model, None))
+        _externalize(places, source, links)
+    if links is not None and source is not None:
+        files |= links.table(source)
     for name, model in graphs.items():
         file = target / f"{name}.onnx"
         ir.save(model, file)
+        _check(file, linked=links is not None)
+    return Written(
+        {name: describe(model, f"onnx/{name}.onnx") for name, model in graphs.items()},
+        files,
+        {f"{target.name}/{name}": source.name for source, name in links.names.items()} if links else {},
+    )
+
+
+def load_graph(file: Path) -> ir.Model:
+    """A graph of a bundle, with tensors that can be read even where their file is a hard link.
+
+    onnx_ir refuses such files wherever it got a path from a model; here the manifest vouches for them.
+    """
+    model = ir.load(file)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            value.const_value = ir.ExternalTensor(
+                file.parent / tensor.location,
+                tensor.offset,
+                tensor.length,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=tensor.name,
+            )
+    return model
+
+
+def _check(file: Path, linked: bool) -> None:
+    if not linked:
         # By path: the checker then finds external data, and a proto in memory ends at 2 GiB.
         onnx.checker.check_model(str(file), full_check=True)
-    return Written({name: describe(model, f"onnx/{name}.onnx") for name, model in graphs.items()}, files)
+        return
+    # It refuses data files with more than one name, so those weights are shown to it as inputs.
+    model = onnx.load(file, load_external_data=False)
+    held = []
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            model.graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            )
+        else:
+            held.append(tensor)
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(held)
+    onnx.checker.check_model(model, full_check=True)
 
 
 def describe(model: ir.Model, file: str) -> GraphInfo:
@@ -82,9 +137,9 @@ def describe(model: ir.Model, file: str) -> GraphInfo:
     )
 
 
-def _nbytes(model: ir.Model) -> int:
+def _copied_bytes(model: ir.Model, links: Links | None) -> int:
     tensors = (value.const_value for value in model.graph.initializers.values())
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    return sum(t.nbytes for t in tensors if t is not None and (links is None or not links.takes(t)))
 
 
 @dataclass
@@ -130,29 +185,39 @@ def _data_file(path: Path, files: dict[str, FileInfo]) -> Iterator[_DataFile]:
         data = _DataFile(path, stream)
         yield data
         size = stream.tell()
+    if not size:
+        path.unlink()
+        return
     files[f"{path.parent.name}/{path.name}"] = FileInfo(bytes=size, sha256=data.digest.hexdigest())
 
 
-def _externalize(places: list[tuple[ir.Model, _DataFile]], source: SourceReader | None) -> None:
-    """Move the tensors of each graph to its file, those of a checkpoint in the order it stores them."""
-    waiting: dict[StoredTensor, list[tuple[WeightTensor, _DataFile]]] = defaultdict(list)
-    later: list[tuple[ir.Value, Hashable, _DataFile]] = []
-    for model, data in places:
+def _externalize(
+    places: list[tuple[ir.Model, _DataFile | None]], source: SourceReader | None, links: Links | None
+) -> None:
+    """Move the tensors of each graph to its file, those of a checkpoint in the order it stores them.
+
+    Without a file a graph keeps them, but for those that `links` takes.
+    """
+    waiting: dict[StoredTensor, list[tuple[WeightTensor, _DataFile | Links]]] = defaultdict(list)
+    later: list[tuple[ir.Value, Hashable, _DataFile | Links]] = []
+    for model, own in places:
         for value in model.graph.initializers.values():
             tensor = value.const_value
             if tensor is None or tensor.nbytes < _INLINE_BYTES:
                 continue
             if isinstance(tensor, WeightTensor):
-                waiting[tensor.stored].append((tensor, data))
-                later.append((value, tensor.identity, data))
-            else:
+                data = links if links is not None and links.takes(tensor) else own
+                if data is not None:
+                    waiting[tensor.stored].append((tensor, data))
+                    later.append((value, tensor.identity, data))
+            elif own is not None:
                 content = tensor.tobytes()
                 key = hashlib.sha256(content).hexdigest()
-                data.append(key, iter([content]))
-                data.refer(value, key)
+                own.append(key, iter([content]))
+                own.refer(value, key)
     if waiting:
         assert source is not None
-        for stored, stored_bytes in source.tensors(waiting.keys()):
+        for stored, stored_bytes in source.tensors(waiting.keys(), links.names if links else ()):
             for weight, data in waiting[stored]:
                 data.append(weight.identity, weight.blocks(stored_bytes))
     for value, identity, data in later:

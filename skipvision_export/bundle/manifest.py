@@ -131,6 +131,8 @@ class Manifest(VersionedModel):
     less bits.
     prompt: for runtimes without Jinja; absent where there is no template, or it does more than put
     text around a question.
+    referenced: files of the bundle that are hard links to the model's, and their names there; their size
+    and hash are in `files`.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -147,6 +149,7 @@ class Manifest(VersionedModel):
     variants: dict[str, GraphInfo] = Field(default_factory=dict)
     tools: dict[str, str]
     files: dict[str, FileInfo] = Field(default_factory=dict)
+    referenced: dict[str, str] = Field(default_factory=dict)
 
     @property
     def layout(self) -> TokenLayout:
@@ -170,20 +173,28 @@ class Manifest(VersionedModel):
             raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}")
         return cls.read(file, SCHEMA_VERSION, "export again")
 
+    @property
+    def own_bytes(self) -> int:
+        """Bytes of the bundle's files but for those that are the model's."""
+        return sum(info.bytes for name, info in self.files.items() if name not in self.referenced)
+
     def verify(self, folder: Path) -> None:
         """Check that every file is there, whole and unaltered; raises BundleError naming it."""
         for name, info in self.files.items():
-            file = folder / name
+            file, again = folder / name, "export again"
+            if name in self.referenced:
+                again = (
+                    f"it is the model's own {self.referenced[name]} (--reference-weights), which was changed "
+                    "after the export; export again"
+                )
             if not file.is_file():
                 raise BundleError(f"{file} is missing from the bundle; export again")
             size = file.stat().st_size
             if size != info.bytes:
                 kind = "truncated" if size < info.bytes else "altered"
-                raise BundleError(
-                    f"{file} is {kind}: {size} bytes, the manifest says {info.bytes}; export again"
-                )
+                raise BundleError(f"{file} is {kind}: {size} bytes, the manifest says {info.bytes}; {again}")
             if sha256_of(file) != info.sha256:
-                raise BundleError(f"{file} is altered: its sha256 is not the manifest's; export again")
+                raise BundleError(f"{file} is altered: its sha256 is not the manifest's; {again}")
 
 
 def sha256_of(*files: Path) -> str:

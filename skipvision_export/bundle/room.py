@@ -18,12 +18,14 @@ _STREAM_MEMORY = 640 << 20
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
-def check_room(checkpoint: Checkpoint, dtype: str, out: Path) -> None:
+def check_room(checkpoint: Checkpoint, dtype: str, out: Path, reference: bool = False) -> None:
     """Raise RoomError where the disk of `out` or the free memory is too small for an export to `dtype`.
 
-    The estimate takes every weight of the checkpoint as written, and the largest one as held in memory.
+    The estimate takes every weight of the checkpoint as written, with `reference` those of another type,
+    and the largest one as held in memory.
     """
-    disk = sum(math.prod(t.shape) for t in checkpoint.tensors.values()) * _ITEM_BYTES[dtype]
+    written = [t for t in checkpoint.tensors.values() if not (reference and t.dtype == dtype)]
+    disk = sum(math.prod(t.shape) for t in written) * _ITEM_BYTES[dtype]
     above = next(parent for parent in out.absolute().parents if parent.exists())
     free = shutil.disk_usage(above).free
     if disk > free:

@@ -186,6 +186,14 @@ def export(
             metavar="KIND", help="int4: the decoder's matrices in 4 bits, for ONNX Runtime; else as --dtype."
         ),
     ] = None,
+    reference_weights: Annotated[
+        bool,
+        typer.Option(
+            "--reference-weights",
+            help="Leave weights that are of --dtype already in MODEL's files: the bundle holds hard links to "
+            "them, on the same file system. MODEL may be moved or deleted, but not changed.",
+        ),
+    ] = False,
     target: Annotated[str, typer.Option(help="What will run it: onnxruntime.")] = "onnxruntime",
     revision: RevisionOption = None,
     force: ForceOption = False,
@@ -200,7 +208,7 @@ def export(
 
     Example: skipvision export llava-hf/llava-1.5-7b-hf -o bundle --preset skip-75
     """
-    from skipvision_export.bundle import check_output, check_room
+    from skipvision_export.bundle import check_output, check_reference, check_room
     from skipvision_export.exporter import DTYPES, trace_skeleton
     from skipvision_export.graph.int4 import check_weights
     from skipvision_export.method.saved import saved_config
@@ -210,7 +218,7 @@ def export(
         raise ConfigError(f"target {target!r} is not supported; supported: onnxruntime")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    check_weights(weights, dtype)
+    check_weights(weights, dtype, reference_weights)
     check_output(output, force)
     source = resolve_model(model, revision)
     config = choose_config(
@@ -226,7 +234,10 @@ def export(
         saved=saved_config(source.folder),
     )
     layout = source.family.layout(source.config, config)
-    check_room(check_full(source), dtype, output)
+    checkpoint = check_full(source)
+    if reference_weights:
+        check_reference(checkpoint, dtype)
+    check_room(checkpoint, dtype, output, reference_weights)
     result: dict[str, Any] = {
         "bundle": str(output),
         "preset": config.name,
@@ -244,9 +255,12 @@ def export(
         print(f"would write {output}: {what}")
     else:
         progress = Progress()
-        bundle = trace_skeleton(source, dtype, progress).write(output, config, force, weights)
+        traced = trace_skeleton(source, dtype, progress)
+        bundle = traced.write(output, config, force, weights, reference_weights)
         progress("")
-        result["bytes"] = sum(info.bytes for info in bundle.manifest.files.values())
-        print(f"wrote {output} ({si(result['bytes'], 'B')}): {what}")
+        result["bytes"] = bundle.manifest.own_bytes
+        result["referenced"] = bundle.manifest.referenced
+        beside = " beside the model's own files" if reference_weights else ""
+        print(f"wrote {output} ({si(result['bytes'], 'B')}{beside}): {what}")
         print(f"next: skipvision validate {output} --model {model}")
     finish(result, json)

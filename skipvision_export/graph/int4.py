@@ -14,10 +14,11 @@ Weights = Literal["int4"]
 INT4_DTYPES = ("float32", "float16")
 
 
-def check_weights(weights: str | None, dtype: str) -> Weights | None:
+def check_weights(weights: str | None, dtype: str, reference: bool = False) -> Weights | None:
     """The kind of weights; raises ConfigError for one that there is not, or not in `dtype`.
 
-    None: as they are, in `dtype`.
+    None: as they are, in `dtype`. reference: whether they are to stay in the model's files, which no
+    quantized ones can.
     """
     if weights is None:
         return None
@@ -25,6 +26,11 @@ def check_weights(weights: str | None, dtype: str) -> Weights | None:
     if kind is None:
         raise ConfigError(
             f"weights {weights!r} is not one of {', '.join(get_args(Weights))}; leave it out for full ones"
+        )
+    if reference:
+        raise ConfigError(
+            f"{kind} weights are new ones, which no file of the model holds; leave out --weights or "
+            "--reference-weights"
         )
     if dtype not in INT4_DTYPES:
         raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ class SourceReader:
     def __init__(self, folder: Path) -> None:
         """Nothing is read yet."""
         self.folder = folder
+        # Of each file alone; filled where `tensors` is asked for them.
+        self.file_sha256: dict[Path, str] = {}
         self._digest: str | None = None
 
     @property
@@ -41,20 +44,39 @@ class SourceReader:
         assert self._digest is not None
         return self._digest
 
-    def tensors(self, wanted: Collection[StoredTensor]) -> Iterator[tuple[StoredTensor, Bytes]]:
-        """Each wanted tensor and its bytes [nbytes], in the order in which they are stored."""
-        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+    def tensors(
+        self, wanted: Collection[StoredTensor], alone: Collection[Path] = ()
+    ) -> Iterator[tuple[StoredTensor, Bytes]]:
+        """Each wanted tensor and its bytes [nbytes], in the order in which they are stored.
+
+        alone: files whose own hash `file_sha256` holds afterwards.
+        """
+        whole = hashlib.sha256((self.folder / "config.json").read_bytes())
         with ThreadPoolExecutor(1) as thread:
             for file in sorted(self.folder.glob("*.safetensors")):
                 inside = sorted((t for t in wanted if t.file == file), key=lambda t: t.offset)
+                digest = _Digest([whole, hashlib.sha256()] if file in alone else [whole])
                 with file.open("rb") as stream:
                     yield from _read(stream, inside, digest, thread)
                     _skip(stream, None, digest)
-        self._digest = digest.hexdigest()
+                if file in alone:
+                    self.file_sha256[file] = digest.parts[-1].hexdigest()
+        self._digest = whole.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Digest:
+    """Hashes of the same bytes, begun at different places."""
+
+    parts: list[Any]
+
+    def update(self, data: Any) -> None:
+        for part in self.parts:
+            part.update(data)
 
 
 def _read(
-    stream: Any, tensors: list[StoredTensor], digest: Any, thread: ThreadPoolExecutor
+    stream: Any, tensors: list[StoredTensor], digest: _Digest, thread: ThreadPoolExecutor
 ) -> Iterator[tuple[StoredTensor, Bytes]]:
     def read(tensor: StoredTensor) -> Bytes:
         _skip(stream, tensor.offset, digest)
@@ -74,7 +96,7 @@ def _read(
         del data
 
 
-def _skip(stream: Any, end: int | None, digest: Any) -> None:
+def _skip(stream: Any, end: int | None, digest: _Digest) -> None:
     """Hash what lies between the stream's place and `end`, or the end of the file."""
     while end is None or stream.tell() < end:
         block = stream.read(_CHUNK if end is None else min(_CHUNK, end - stream.tell()))

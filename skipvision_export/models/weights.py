@@ -38,6 +38,12 @@ class WeightTensor(ir.LazyTensor):
         """What its bytes follow from."""
         return (self.stored, self.torch_dtype, self.transposed)
 
+    @property
+    def as_stored(self) -> bool:
+        """Whether its bytes are the checkpoint's, at a place where its type may lie."""
+        same = self.stored.dtype == self.torch_dtype and not self.transposed
+        return same and self.stored.offset % self.dtype.itemsize == 0
+
     def transpose(self) -> WeightTensor:
         """The same weight, rows for columns; a matrix only."""
         return WeightTensor(self.parameter, self.stored, self.torch_dtype, not self.transposed)

@@ -50,6 +50,9 @@ class OrtBackend:
         level = ort.GraphOptimizationLevel
         self._level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
         self._threads = threads
+        # Half types on the CPU are cast to float32, whose copies folding makes once for all runs.
+        whole = manifest.dtype == "float32" or providers != _CPU
+        self._keep_turns = bool(manifest.referenced) and whole
         # int4 products need their weights packed, and are small.
         shares = share_weights and providers == _CPU and manifest.weights is None
         self._weights = SharedWeights() if shares else None
@@ -85,6 +88,9 @@ class OrtBackend:
         options.graph_optimization_level = self._level
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
+        if self._keep_turns:
+            # It would turn every referenced matrix into a copy, before they become FusedMatMul.
+            options.add_session_config_entry("optimization.disable_specified_optimizers", "ConstantFolding")
         if self._weights is not None:
             self._weights.give(options, file)
         return options

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import onnx_ir as ir
-
-from skipvision_export.bundle import write_graphs
+from skipvision_export.bundle import load_graph, write_graphs
 from skipvision_export.graph.passes.names import DECODE, PREFILL
 from skipvision_export.graph.widen import widen
 from skipvision_export.runtime.pipeline import Bundle
@@ -19,7 +17,7 @@ def widened(bundle: Bundle, folder: Path) -> Bundle:
     bundle's bytes on disk.
     """
     graphs = {
-        name: widen(ir.load(bundle.folder / info.file)) for name, info in bundle.manifest.graphs.items()
+        name: widen(load_graph(bundle.folder / info.file)) for name, info in bundle.manifest.graphs.items()
     }
     written = write_graphs(graphs, folder, (PREFILL, DECODE), "decoder.onnx_data")
     manifest = bundle.manifest.model_copy(
