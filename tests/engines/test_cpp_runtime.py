@@ -168,7 +168,7 @@ def peak_mb(build, folder):
 
 
 def test_weights_are_in_memory_once(build, bundle_folder, tmp_path):
-    """What a wide decoder adds to the peak is its weights and half, for what is computed on them; twice is 200 %."""
+    """A wide decoder adds its weights to the peak, and less than half for what is computed; not twice."""
     write_tiny(
         tmp_path / "model",
         hidden_size=768,
