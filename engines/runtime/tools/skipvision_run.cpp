@@ -1,7 +1,5 @@
 /// skipvision-run BUNDLE --image FILE --prompt TEXT: what `skipvision generate` does, without
 /// Python.
-#include <sys/resource.h>
-
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <fstream>
@@ -22,11 +20,13 @@ struct Arguments {
   skipvision::GenerateOptions options;
 };
 
-/// Peak resident memory of the process in MB of 10^6 bytes.
+/// Peak resident memory of the process in MB of 10^6 bytes; 0 where there is no /proc. Not
+/// getrusage's, which counts what the parent had before it started this program.
 double peak_rss_mb() {
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  return static_cast<double>(usage.ru_maxrss) * 1024 / 1e6;
+  std::ifstream status("/proc/self/status");
+  for (std::string word; status >> word;)
+    if (double kib = 0; word == "VmHWM:" && status >> kib) return kib * 1024 / 1e6;
+  return 0;
 }
 
 double median(std::vector<double> values) {
