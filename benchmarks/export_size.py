@@ -28,6 +28,8 @@ from skipvision_export.bundle import Manifest
 from skipvision_export.models.checkpoint import INDEX
 
 SHARD_BYTES = 2 << 30
+# Rows of this ending leave the weights in the model's files.
+REFERENCED = " --reference-weights"
 CLIP_L = (1024, 4096, 24, 16, 336, 14)
 SMALL_TOWER = (256, 1024, 4, 4, 112, 14)
 # hidden, layers, FFN, heads, key/value heads, vocabulary; tower; weights' and bundle's type
@@ -37,6 +39,7 @@ MODELS: dict[str, tuple[tuple[int, ...], tuple[int, ...], str]] = {
     "1B": ((2048, 16, 8192, 32, 8, 128256), CLIP_L, "bfloat16"),
     "3B": ((3072, 28, 8192, 24, 8, 128256), CLIP_L, "bfloat16"),
     "8B": ((4096, 32, 14336, 32, 8, 128256), CLIP_L, "bfloat16"),
+    f"8B{REFERENCED}": ((4096, 32, 14336, 32, 8, 128256), CLIP_L, "bfloat16"),
     # The random Llama of the speed benchmarks, with a small tower.
     "llama-1024x16": ((1024, 16, 2816, 16, 8, 32000), SMALL_TOWER, "float32"),
 }
@@ -74,6 +77,8 @@ def measure(name: str, scratch: Path) -> dict[str, Any]:
     weights = write_model(scratch / "model", decoder, tower, getattr(torch, dtype))
     os.sync()  # what is still to be written of the checkpoint is not the export's work
     command = ["export", scratch / "model", "-o", scratch / "bundle", "--preset", "skip-75", "--dtype", dtype]
+    if name.endswith(REFERENCED):
+        command.append(REFERENCED.strip())
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", CHILD, *map(str, command)], check=True, capture_output=True, text=True
@@ -85,7 +90,7 @@ def measure(name: str, scratch: Path) -> dict[str, Any]:
     return {
         "dtype": dtype,
         "weights_bytes": weights,
-        "bundle_bytes": sum(info.bytes for info in manifest.files.values()),
+        "bundle_bytes": manifest.own_bytes,
         "seconds": round(seconds, 1),
         "peak_rss_mb": round(json.loads(done.stdout.splitlines()[-1])),
         "verify_seconds": round(time.perf_counter() - start, 1),
