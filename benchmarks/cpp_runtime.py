@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from skipvision_export.benchmark.sibling import SiblingSizes, sibling_model
+from skipvision_export.benchmark.timing import machine
 from skipvision_export.config import SkipVisionConfig
 from skipvision_export.exporter import trace_model
 from skipvision_export.models.loading import resolve_model
@@ -107,7 +108,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     presets = {"finetuned": SkipVisionConfig.preset("quarter"), "checkpoint": SkipVisionConfig.dense()}
-    result: dict[str, Any] = {"answers": {}}
+    result: dict[str, Any] = {"machine": machine(), "answers": {}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for model, config in presets.items():

@@ -16,7 +16,7 @@ from tiny import write_tiny
 from transformers import CLIPImageProcessorPil
 
 from skipvision_export.config import SkipVisionConfig
-from skipvision_export.exporter import trace_model
+from skipvision_export.exporter import export, trace_model
 from skipvision_export.models.loading import resolve_model
 from skipvision_export.runtime.pipeline import Bundle
 
@@ -49,6 +49,19 @@ def skip_bundle(example_in):
 @pytest.fixture(scope="session")
 def dense_bundle(trained, tmp_path_factory):
     return trained.write(tmp_path_factory.mktemp("cpp_dense") / "dense", SkipVisionConfig.dense()).folder
+
+
+@pytest.fixture(scope="session")
+def int4_bundle(finetuned, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cpp_int4") / "int4"
+    return finetuned.write(folder, SkipVisionConfig.preset("quarter"), weights="int4").folder
+
+
+@pytest.fixture(scope="session")
+def referenced_bundle(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cpp_referenced")
+    model = shutil.copytree(EXAMPLE / "finetuned", folder / "model")  # links need one file system
+    return export(model, folder / "bundle", reference_weights=True).folder
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +98,7 @@ def texts_of(printed):
     return [json.loads(line)["text"] for line in printed.splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["skip", "dense", "strict"])
+@pytest.mark.parametrize("kind", ["skip", "dense", "strict", "int4", "referenced"])
 def test_answers_are_pythons(kind, build, request):
     folder = request.getfixturevalue(f"{kind}_bundle")
     lines = request_lines(N)

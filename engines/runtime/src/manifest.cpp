@@ -96,6 +96,7 @@ Manifest Manifest::parse(const Document& document) {
     root.at("dtype").fail("is " + manifest.dtype +
                           ", which ONNX Runtime has no CPU kernels for; export again with --dtype "
                           "float32 or float16");
+  manifest.references = root.has("referenced") && !root.at("referenced").members().empty();
   if (root.has("prompt")) {
     Field prompt = root.at("prompt");
     manifest.prompt = ChatPrompt{prompt.at("before").text(), prompt.at("after").text(),

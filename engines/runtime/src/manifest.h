@@ -16,6 +16,7 @@ namespace skipvision {
 struct TensorInfo {
   std::string name;
   std::string dtype;
+  bool references = false;  // has weights in links to the model's own files
 };
 
 struct GraphInfo {

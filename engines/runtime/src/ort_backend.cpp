@@ -31,6 +31,9 @@ OrtBackend::OrtBackend(const std::filesystem::path& folder, const Manifest& mani
   auto load_decoder = [&](const std::string& name) {
     Ort::SessionOptions own = options.Clone();
     weights_->add_to(own, folder / manifest.graph(name).file);
+    // It would turn every referenced matrix into a copy, before they become FusedMatMul.
+    if (manifest.references && manifest.dtype == "float32")
+      own.AddConfigEntry("optimization.disable_specified_optimizers", "ConstantFolding");
     return load(name, own);
   };
   prefill_ = load_decoder("decoder_prefill");
