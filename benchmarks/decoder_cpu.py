@@ -48,7 +48,7 @@ KV_HEADS, HEAD_DIM = 8, 64
 TOKENS, KEPT = 1088, 192  # 1,024 visual tokens of which 128 are retained, 64 of text
 # 576 visual tokens and 64 of text; merged to 100 + 156 and two summaries.
 DENSE_640, MERGED, MERGED_KEPT = 640, 322, 166
-CACHED = (64, 192, 512, 1088, 2048, 4096)
+CACHED = (64, 192, 1088, 4096)
 SHARED = f"{DECODE}.onnxruntime"
 STEPS = 8  # decode steps of one measurement
 HF, GENAI, PLAIN = "Hugging Face, sdpa", "genai", "torch.onnx.export"
@@ -93,12 +93,11 @@ class Inputs:
 
     def known(self, graph: ort.InferenceSession, cached: int, new: int, kept: int = 0) -> dict[str, Any]:
         """What a graph takes beside K/V, for `new` tokens behind `cached` ones; `kept` rows skip nothing."""
-        position = cached if new > 1 else TOKENS
         rows = np.linspace(0, new - 1, kept).astype(np.int64) if kept else np.arange(new)
         every = {
             "inputs_embeds": self.embeds[:, :new],
             "attention_mask": np.ones((1, cached + new), np.int64),
-            "position_ids": np.arange(position, position + new)[None],
+            "position_ids": np.arange(cached, cached + new)[None],
             "ffn_index": rows,
             "kv_keep_index": rows[None],
         }
@@ -190,8 +189,8 @@ class HuggingFace:
 
         def run() -> Any:
             for _ in range(STEPS):
-                logits = self._forward(1, cache, TOKENS)
-                cache.crop(cached)
+                logits = self._forward(1, cache, cached)
+                cache.crop(-1)
             return logits
 
         return run

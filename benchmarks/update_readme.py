@@ -25,9 +25,6 @@ SOURCES = {
         "calibration_tiny",
         "half_types",
         "kv_prune_ort",
-        "decoder_cpu",
-        "int4_tiny",
-        "export_size",
     )
 }
 PICTURE = ROOT / "docs" / "retained.png"
@@ -182,104 +179,6 @@ def custom_op_rows(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def decoder_rows(result: dict[str, Any]) -> list[str]:
-    """The decoder beside what peers make of the same weights."""
-    sizes, prefill, decode = result["sizes"], result["prefill"], result["decode"]
-    cached = ("192", "1088", "4096")
-    rows = [
-        f"**Beside peers**: one Llama decoder of random weights (hidden {sizes['hidden']}, {sizes['layers']} "
-        f"layers, FFN {sizes['intermediate']}, {sizes['heads']}/{sizes['kv_heads']} heads, float32), "
-        f"{result['rounds']} interleaved rounds, medians in ms. genai is the graph of onnxruntime-genai's "
-        "builder; with its weights shared, prefill reads the one copy that decode reads:",
-        "",
-        f"| | prefill of 1,088 | {' | '.join(f'decode at {int(n):,}' for n in cached)} |",
-        "|---|---|---|---|---|",
-    ]
-
-    def cell(times: dict[str, Any], name: str) -> str:
-        found = times.get(name)
-        return "" if found is None else f"{found['median']:,.{1 if found['median'] < 1000 else 0}f}"
-
-    own = ("dense", "dense, weights shared", "skip", "skip, weights shared")
-    peers = sorted(name for name in decode["192"]["ms"] if "int4" not in name and name not in own)
-    for name in (*peers, *own):
-        ours = name.replace("skip", "192 tokens in the FFN") if name in own else name
-        cells = [cell(prefill["1088"]["ms"], name), *(cell(decode[n]["ms"], name) for n in cached)]
-        rows.append(f"| {ours} | {' | '.join(cells)} |")
-
-    def line(what: str, found: dict[str, Any]) -> str:
-        speed = found["speedup"]
-        text = f"{what} {speed['median']:.2f}x [{speed['p10']:.2f}, {speed['p90']:.2f}] of {found['peer']}"
-        return (
-            f"{text} ({found['of_promise']:.0%} of what the FLOPs promise)" if "promised" in found else text
-        )
-
-    merged = prefill["640"]
-    return [
-        *rows,
-        "",
-        "Against the best peer: "
-        + "; ".join(
-            [
-                line("dense prefill", prefill["1088"]["dense"]),
-                line("192 of 1,088 tokens in the FFN", prefill["1088"]["skip"]),
-                line("the same, weights shared", prefill["1088"]["skip, weights shared"]),
-                line("576 visual tokens merged to 100 + 156", merged["merged"]),
-                *(line(f"decode at {int(n):,} cached tokens", decode[n]["dense"]) for n in cached),
-            ]
-        )
-        + ".",
-        "",
-    ]
-
-
-def int4_rows(result: dict[str, Any], speed: dict[str, Any]) -> list[str]:
-    """int4 weights: accuracy of the tiny VLM, bytes and time of the random decoder."""
-    sizes, decode = speed["int4"]["decoder_bytes"], speed["decode"]
-    kinds = "; ".join(
-        f"{preset} {' to '.join(format(each['accuracy'], '.1%') for each in found['accuracy'].values())}"
-        for preset, found in result["presets"].items()
-    )
-
-    def ratio(found: dict[str, Any]) -> str:
-        return f"{found['median']:.2f}x [{found['p10']:.2f}, {found['p90']:.2f}]"
-
-    return [
-        f"**int4 weights**: exact match of the tiny VLM from float32 to int4: {kinds}. The decoder above "
-        f"shrinks from {sizes['dense'] / 1e6:.0f} to {sizes['int4 dense'] / 1e6:.0f} MB; decode over "
-        "float32: "
-        + ", ".join(f"{ratio(decode[n]['int4 over float32'])} at {int(n):,}" for n in ("192", "1088"))
-        + "; against genai's int4 graph: "
-        + ", ".join(
-            f"{ratio(found['speedup'])} {what}"
-            for what, found in (
-                ("in dense prefill", speed["int4"]["dense"]),
-                ("with 192 tokens in the FFN", speed["int4"]["skip"]),
-                ("in decode at 192", decode["192"]["int4"]),
-                ("in decode at 1,088", decode["1088"]["int4"]),
-            )
-        )
-        + ".",
-        "",
-    ]
-
-
-def export_rows(result: dict[str, Any]) -> list[str]:
-    """Size of a model against time and memory of its export."""
-    rows = [
-        "**Export** of random LLaVAs with `skip-75`, weights in bfloat16 but for the last, whole process:",
-        "",
-        "| model | weights | time | peak memory |",
-        "|---|---|---|---|",
-    ]
-    for name, found in result["models"].items():
-        rows.append(
-            f"| {name} | {found['weights_bytes'] / 1e9:.2f} GB | {found['seconds']:.0f} s | "
-            f"{found['peak_rss_mb'] / 1e3:.1f} GB |"
-        )
-    return [*rows, ""]
-
-
 def table(results: dict[str, Any]) -> str:
     """The README's results section."""
     machine = results["demo_cpu"]["sibling"]["machine"]
@@ -290,9 +189,6 @@ def table(results: dict[str, Any]) -> str:
         *calibration_rows(results["calibration_tiny"]),
         *half_rows(results["half_types"]),
         *custom_op_rows(results["kv_prune_ort"]),
-        *decoder_rows(results["decoder_cpu"]),
-        *int4_rows(results["int4_tiny"], results["decoder_cpu"]),
-        *export_rows(results["export_size"]),
         f"{machine['cpu']}, {machine['cores']} cores; Python {machine['python']}, torch {machine['torch']}, "
         f"transformers {machine['transformers']}, onnxruntime {machine['onnxruntime']}. The machine was "
         "shared: trust the ratios, not the times. Sources: "

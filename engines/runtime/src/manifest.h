@@ -16,7 +16,6 @@ namespace skipvision {
 struct TensorInfo {
   std::string name;
   std::string dtype;
-  bool references = false;  // has weights in links to the model's own files
 };
 
 struct GraphInfo {
@@ -50,6 +49,7 @@ struct Manifest {
   std::int64_t visual_tokens = 0;
   std::int64_t image_token_id = 0;
   std::string dtype;
+  bool references = false;  // has weights in links to the model's own files
   std::optional<ChatPrompt> prompt;
   std::map<std::string, GraphInfo> graphs;  // and variants
   std::map<std::string, FileInfo> files;
