@@ -66,6 +66,8 @@ def write_llama(folder: Path) -> None:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     model = sibling_model(SIZES)
+    # genai tabulates the rotation for as many positions as the model names.
+    model.config.text_config.max_position_embeddings = 2 * max(CACHED)
     llama = LlamaForCausalLM(model.config.text_config)
     llama.model.load_state_dict(model.model.language_model.state_dict())
     llama.lm_head.load_state_dict(model.lm_head.state_dict())
