@@ -14,8 +14,7 @@ import onnx
 from skipvision_export.graph.passes.int4_weights import OP
 from skipvision_export.layout import TokenLayout
 from skipvision_export.models import DecoderDims
-
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+from skipvision_export.models.checkpoint import DTYPE_BYTES
 
 
 @dataclass(frozen=True)

@@ -82,8 +82,13 @@ def write_text(file: Path, text: str) -> None:
         raise OutputError(_explain(file, error)) from error
 
 
+def nearest_folder(path: Path) -> Path:
+    """What is there already above a path that may still have to be made."""
+    return next(parent for parent in path.absolute().parents if parent.exists())
+
+
 def _check_above(path: Path) -> None:
-    above = next(parent for parent in path.absolute().parents if parent.exists())
+    above = nearest_folder(path)
     if not above.is_dir():
         raise OutputError(f"{path} cannot be written: {above} is not a folder")
     if not os.access(above, os.W_OK | os.X_OK):

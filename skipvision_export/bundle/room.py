@@ -8,14 +8,14 @@ from pathlib import Path
 
 import psutil
 
+from skipvision_export.bundle.output import nearest_folder
 from skipvision_export.errors import RoomError
-from skipvision_export.models.checkpoint import Checkpoint
+from skipvision_export.models.checkpoint import DTYPE_BYTES, Checkpoint
 
 # Measured: Python, PyTorch, transformers and the trace, whatever the model's size.
 _BASE_MEMORY = 600 << 20
 # What is read ahead and what is being written, see SourceReader and WeightTensor.
 _STREAM_MEMORY = 640 << 20
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def check_room(checkpoint: Checkpoint, dtype: str, out: Path, reference: bool = False) -> None:
@@ -25,8 +25,8 @@ def check_room(checkpoint: Checkpoint, dtype: str, out: Path, reference: bool = 
     and the largest one as held in memory.
     """
     written = [t for t in checkpoint.tensors.values() if not (reference and t.dtype == dtype)]
-    disk = sum(math.prod(t.shape) for t in written) * _ITEM_BYTES[dtype]
-    above = next(parent for parent in out.absolute().parents if parent.exists())
+    disk = sum(math.prod(t.shape) for t in written) * DTYPE_BYTES[dtype]
+    above = nearest_folder(out)
     free = shutil.disk_usage(above).free
     if disk > free:
         raise RoomError(

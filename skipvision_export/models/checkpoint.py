@@ -13,6 +13,8 @@ WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 # safetensors' names of the types that weights come in, as torch and ONNX call them.
 _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Bytes of a number, of the types that graphs come in.
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # The format's own limit on a header, in bytes.
 _MAX_HEADER = 100_000_000
 

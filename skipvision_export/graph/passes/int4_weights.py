@@ -11,17 +11,17 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from skipvision_export.errors import PassError
+from skipvision_export.graph.passes.names import CONTRIB_DOMAIN
 from skipvision_export.graph.passes.regions import is_constant, module_path
 
 Array = npt.NDArray[Any]
 
 OP = "MatMulNBits"
-OP_DOMAIN = "com.microsoft"
 BITS = 4
 # Columns of K that share a scale and a zero point.
 BLOCK = 32
 # Accuracy levels of ONNX Runtime's kernel: activations in 8 bits, in decode more than twice as fast as
-# with those in floats; see benchmarks/int4_cpu.py.
+# with those in floats.
 FAST, EXACT = 4, 0
 _SOURCES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
@@ -82,7 +82,7 @@ class Int4WeightsPass(ir.passes.InPlacePass):
         for weight in inputs:
             if not weight.uses() and weight not in graph.outputs:
                 graph.initializers.pop(str(weight.name))
-        model.opset_imports[OP_DOMAIN] = 1
+        model.opset_imports[CONTRIB_DOMAIN] = 1
         return ir.passes.PassResult(model, modified=True)
 
     def _initializers(self, graph: ir.Graph, weight: ir.Value) -> list[ir.Value]:
@@ -121,7 +121,7 @@ def _replace(graph: ir.Graph, node: ir.Node, weight: ir.Value, made: list[ir.Val
     assert weight.const_value is not None
     k, n = (int(size) for size in weight.const_value.shape.numpy())
     attributes = {"K": k, "N": n, "bits": BITS, "block_size": BLOCK, "accuracy_level": FAST}
-    new = ir.node(OP, [node.inputs[0], *made], attributes, domain=OP_DOMAIN, version=1)
+    new = ir.node(OP, [node.inputs[0], *made], attributes, domain=CONTRIB_DOMAIN, version=1)
     new.metadata_props.update(node.metadata_props)
     old, out = node.outputs[0], new.outputs[0]
     out.name, out.type, out.shape = old.name, old.type, old.shape

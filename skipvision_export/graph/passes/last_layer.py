@@ -13,6 +13,7 @@ from skipvision_export.graph.passes.matching import constant_ints, has_input, re
 from skipvision_export.graph.passes.names import FFN_INDEX
 from skipvision_export.graph.passes.regions import is_constant, residual_branches
 from skipvision_export.graph.passes.rowwise import RANK, is_rowwise, rank
+from skipvision_export.tokens.ops import constant
 
 # A value and the axis along which its tokens lie.
 Rows = tuple[ir.Value, int]
@@ -161,18 +162,12 @@ def _last_of(graph: ir.Graph, before: ir.Node, value: ir.Value, axis: int) -> ir
     """
     t = tape.Tape()
     size = t.op("Shape", [value], {"start": axis, "end": axis + 1})
-    last = t.op("Sub", [size, _ints(graph, before, 1)])
+    last = t.op("Sub", [size, constant(t, 1)])
     out = t.op("Gather", [value, last], {"axis": axis})
     graph.insert_before(before, t.nodes)
     out.type = value.type
     out.shape = _with_one(value.shape, axis) if value.shape is not None else None
     return out
-
-
-def _ints(graph: ir.Graph, before: ir.Node, *numbers: int) -> ir.Value:
-    node = ir.node("Constant", [], {"value": ir.tensor(np.array(numbers, np.int64))})
-    graph.insert_before(before, node)
-    return node.outputs[0]
 
 
 def _one_row(graph: ir.Graph, row: _OneRow) -> None:
@@ -183,7 +178,9 @@ def _one_row(graph: ir.Graph, row: _OneRow) -> None:
     if node.op_type == "Reshape" and out.shape is not None:
         # 0 copies the batch. The shape that stood there names all positions; other layers share it.
         sizes = [0, *map(int, out.shape[1:])]  # type: ignore[arg-type]
-        node.replace_input_with(1, _ints(graph, node, *sizes))
+        t = tape.Tape()
+        node.replace_input_with(1, constant(t, *sizes))
+        graph.insert_before(node, t.nodes)
         node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
 
 

@@ -20,6 +20,8 @@ TOKEN_ORDER = "image_features.order"
 # The project's operator domain and its version.
 DOMAIN = "skipvision"
 DOMAIN_VERSION = 1
+# That of ONNX Runtime's own operators.
+CONTRIB_DOMAIN = "com.microsoft"
 
 
 def ffn_index_name(tier: int) -> str:

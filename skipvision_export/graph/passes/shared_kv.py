@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
 from skipvision_export.graph.passes.matching import made_by, require
+from skipvision_export.graph.passes.names import CONTRIB_DOMAIN
 from skipvision_export.graph.passes.native_gqa import repeated_heads
+from skipvision_export.tokens.ops import constant
 
-CONTRIB = "com.microsoft"
 # Sizes of the buffer that past and present share.
 MAX_SEQUENCE = "max_sequence"
 
@@ -60,7 +60,7 @@ class SharedKVPass(ir.passes.InPlacePass):
         lengths = _lengths(graph)
         for layer in layers:
             _share(graph, layer, lengths)
-        model.opset_imports[CONTRIB] = 1
+        model.opset_imports[CONTRIB_DOMAIN] = 1
         return ir.passes.PassResult(model, modified=True)
 
 
@@ -105,12 +105,8 @@ def _lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
     """seqlens_k [B] int32, the last valid position of each row, and total_sequence_length, int32."""
     mask = next(value for value in graph.inputs if value.name == "attention_mask")
     t = tape.Tape()
-
-    def const(*values: int) -> ir.Value:
-        return t.op("Constant", [], {"value": ir.tensor(np.array(values, np.int64))})
-
-    counts = t.op("ReduceSum", [mask, const(1)], {"keepdims": 0})
-    last = t.op("Cast", [t.op("Sub", [counts, const(1)])], {"to": ir.DataType.INT32})
+    counts = t.op("ReduceSum", [mask, constant(t, 1)], {"keepdims": 0})
+    last = t.op("Cast", [t.op("Sub", [counts, constant(t, 1)])], {"to": ir.DataType.INT32})
     total = t.op("Squeeze", [t.op("Shape", [mask], {"start": 1, "end": 2})])
     total = t.op("Cast", [total], {"to": ir.DataType.INT32})
     graph.insert_before(graph[0], t.nodes)
@@ -138,7 +134,7 @@ def _share(graph: ir.Graph, layer: _Layer, lengths: tuple[ir.Value, ir.Value]) -
     scale = layer.node.attributes.get("scale")
     softcap = layer.node.attributes.get_float("softcap", 0.0)
     node = ir.Node(
-        CONTRIB,
+        CONTRIB_DOMAIN,
         "GroupQueryAttention",
         [*rows, *layer.past, *lengths],
         [
@@ -170,9 +166,8 @@ def _flat(t: tape.Tape, value: ir.Value) -> ir.Value:
         return source
     rows = t.op("Transpose", [value], {"perm": [0, 2, 1, 3]})
     assert value.shape is not None
-    size = value.shape[1] * value.shape[3]
-    shape = t.op("Constant", [], {"value": ir.tensor(np.array([0, 0, size], np.int64))})
-    return t.op("Reshape", [rows, shape])
+    size = int(value.shape[1]) * int(value.shape[3])  # type: ignore[arg-type]
+    return t.op("Reshape", [rows, constant(t, 0, 0, size)])
 
 
 def _unsplit(value: ir.Value | None) -> ir.Value | None:
