@@ -73,8 +73,10 @@ class TracedModel:
         from skipvision_export.graph.as_stored import turn_in_graph
         from skipvision_export.graph.int4 import check_weights, quantize
         from skipvision_export.graph.passes.int4_weights import Int4WeightsPass
+        from skipvision_export.graph.passes.pack_projections import PackProjectionsPass
         from skipvision_export.graph.rewrite import rewrite
         from skipvision_export.graph.trace import OPSET
+        from skipvision_export.models.weights import pack
         from skipvision_export.runtime.chat import read_chat
         from skipvision_export.runtime.pipeline import Bundle
 
@@ -91,6 +93,8 @@ class TracedModel:
             config=config,
             layout=layout,
             summary=_summary_weights(self.source) if layout.summaries else {},
+            # A link can only be to a matrix as it is stored.
+            pack=None if reference_weights else PackProjectionsPass(pack),
             int4=Int4WeightsPass(quantize) if weights else None,
         )
         rewritten = rewrite(self.trace, context)

@@ -64,7 +64,8 @@ def test_operators(graph, int4, traced, tmp_path):
         ]
         for b in (full, int4["float32"])
     )
-    assert before.count("MatMul") == after.count(OP) == 3 * 7 + 1
+    # three layers with q, k and v in one, but for the last one's q, which prefill computes for one row
+    assert before.count("MatMul") == after.count(OP) == 3 * 5 + 1 + 1
     assert not after.count("MatMul")
     assert sorted(before) == sorted("MatMul" if kind == OP else kind for kind in after)
 
@@ -109,7 +110,7 @@ def packed(graph, at):
 
 def swap_two_matrices(graph):
     """Up and gate have each other's elements."""
-    first, second = ([n for n in graph if n.op_type == OP][at] for at in (4, 5))
+    first, second = ([n for n in graph if n.op_type == OP][at] for at in (2, 3))
     one, two = first.inputs[1], second.inputs[1]
     first.replace_input_with(1, two)
     second.replace_input_with(1, one)
@@ -122,13 +123,15 @@ def clear_some_elements(graph):
     value.const_value = ir.tensor(array, name=value.name)
 
 
-def take_zero_points_for_eight(graph):
-    node = [n for n in graph if n.op_type == OP][1]
-    node.replace_input_with(3, None)
+def give_a_scale_another_sign(graph):
+    value = [n for n in graph if n.op_type == OP][1].inputs[2]
+    array = value.const_value.numpy().copy()
+    array[:8] *= -1
+    value.const_value = ir.tensor(array, name=value.name)
 
 
 @pytest.mark.parametrize(
-    "damage", [leave_as_it_is, swap_two_matrices, clear_some_elements, take_zero_points_for_eight]
+    "damage", [leave_as_it_is, swap_two_matrices, clear_some_elements, give_a_scale_another_sign]
 )
 @pytest.mark.parametrize("name", TYPES)
 def test_damage_shows_in_the_tight_gap(name, damage, int4, reference, tmp_path):

@@ -17,7 +17,7 @@ from skipvision_export.bundle.manifest import FileInfo, GraphInfo, TensorInfo
 from skipvision_export.bundle.references import Links
 from skipvision_export.models.checkpoint import StoredTensor
 from skipvision_export.models.reader import SourceReader
-from skipvision_export.models.weights import WeightTensor
+from skipvision_export.models.weights import Bytes, PackedWeight, WeightTensor
 
 # Smaller tensors stay inside the .onnx file, where shape inference can read them.
 _INLINE_BYTES = 1024
@@ -198,17 +198,19 @@ def _externalize(
 
     Without a file a graph keeps them, but for those that `links` takes.
     """
-    waiting: dict[StoredTensor, list[tuple[WeightTensor, _DataFile | Links]]] = defaultdict(list)
+    waiting: dict[StoredTensor, list[tuple[WeightTensor | PackedWeight, _DataFile | Links]]]
+    waiting = defaultdict(list)
     later: list[tuple[ir.Value, Hashable, _DataFile | Links]] = []
     for model, own in places:
         for value in model.graph.initializers.values():
             tensor = value.const_value
             if tensor is None or tensor.nbytes < _INLINE_BYTES:
                 continue
-            if isinstance(tensor, WeightTensor):
+            if isinstance(tensor, (WeightTensor, PackedWeight)):
                 data = links if links is not None and links.takes(tensor) else own
                 if data is not None:
-                    waiting[tensor.stored].append((tensor, data))
+                    for stored in tensor.sources:
+                        waiting[stored].append((tensor, data))
                     later.append((value, tensor.identity, data))
             elif own is not None:
                 content = tensor.tobytes()
@@ -217,8 +219,16 @@ def _externalize(
                 own.refer(value, key)
     if waiting:
         assert source is not None
+        # Parts of packed weights wait for the others; they stand side by side in a checkpoint, or nearly.
+        begun: dict[Hashable, dict[StoredTensor, Bytes]] = defaultdict(dict)
         for stored, stored_bytes in source.tensors(waiting.keys(), links.names if links else ()):
             for weight, data in waiting[stored]:
-                data.append(weight.identity, weight.blocks(stored_bytes))
+                parts = begun[weight.identity]
+                parts[stored] = stored_bytes
+                if len(parts) == len(weight.sources):
+                    data.append(weight.identity, weight.blocks(parts))
+            for weight, _ in waiting[stored]:
+                if len(begun[weight.identity]) == len(weight.sources):
+                    del begun[weight.identity]
     for value, identity, data in later:
         data.refer(value, identity)

@@ -9,6 +9,7 @@ import onnx_ir.passes.common as common
 
 from skipvision_export.graph.clean import clear_inferred_types, unique_node_names
 from skipvision_export.graph.passes import PassContext, passes_for, variants_for
+from skipvision_export.graph.passes.names import DECODE
 from skipvision_export.graph.trace import Trace
 
 
@@ -26,14 +27,16 @@ def rewrite(trace: Trace, context: PassContext) -> Rewritten:
     Raises PassError where a pass refuses a graph.
     """
     result = Rewritten(trace.clone().graphs)
-    for name, model in result.graphs.items():
+    # Prefill before decode, which shares the weights that PackProjections makes there.
+    for name, model in sorted(result.graphs.items(), key=lambda item: item[0] == DECODE):
         for each in passes_for(name, context):
             each(model)
             # What a pass leaves unused would still look like a reader to the next.
             common.RemoveUnusedNodesPass()(model)
         for runtime, passes in variants_for(name).items():
             variant = model.clone()
-            if all([each(variant).modified for each in passes]):
+            modified = [each(variant).modified for each in passes]
+            if modified[0]:
                 result.variants[f"{name}.{runtime}"] = variant
     for model in (*result.graphs.values(), *result.variants.values()):
         common.RemoveUnusedNodesPass()(model)

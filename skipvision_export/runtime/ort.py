@@ -12,7 +12,7 @@ import onnxruntime as ort
 from skipvision_export.bundle import Manifest
 from skipvision_export.bundle.graphs import GraphInfo
 from skipvision_export.errors import BackendError, BundleError
-from skipvision_export.graph.passes.names import DECODE
+from skipvision_export.graph.passes.names import DECODE, PREFILL
 from skipvision_export.runtime.kv_cache import JoinedCache, KVCache, SharedCache
 from skipvision_export.runtime.shared_weights import SharedWeights
 
@@ -56,9 +56,10 @@ class OrtBackend:
         # int4 products need their weights packed, and are small.
         shares = share_weights and providers == _CPU and manifest.weights is None
         self._weights = SharedWeights() if shares else None
-        # Unoptimized is for comparisons with the graph that every runtime runs.
-        shared = f"{DECODE}.{self.name}"
-        self._shared = shared if optimize and shared in self.graphs and providers == _CPU else None
+        # Unoptimized is for comparisons with the graphs that every runtime runs.
+        forms = manifest.variants if optimize and providers == _CPU else {}
+        self._forms = {graph: f"{graph}.{self.name}" for graph in manifest.graphs}
+        self._forms = {graph: form for graph, form in self._forms.items() if form in forms}
         self._sessions: dict[str, ort.InferenceSession] = {}
 
     def session(self, graph: str) -> ort.InferenceSession:
@@ -97,6 +98,9 @@ class OrtBackend:
 
     def run(self, graph: str, feeds: dict[str, Any]) -> dict[str, Any]:
         """Run one graph on numpy arrays or OrtValues; returns OrtValues by output name."""
+        # The form of prefill for this runtime takes prompts without padding.
+        if graph == PREFILL and PREFILL in self._forms and np.asarray(feeds["attention_mask"]).all():
+            graph = self._forms[PREFILL]
         values = {
             name: value if isinstance(value, ort.OrtValue) else self._value(graph, name, value)
             for name, value in feeds.items()
@@ -106,9 +110,9 @@ class OrtBackend:
 
     def cache(self, present: dict[str, Any]) -> KVCache:
         """The cache that decode goes on from, of prefill's outputs; in place where the bundle can."""
-        if self._shared is None:
+        if DECODE not in self._forms:
             return JoinedCache(self, present)
-        return SharedCache(self.session(self._shared), present)
+        return SharedCache(self.session(self._forms[DECODE]), present)
 
     def _value(self, graph: str, name: str, array: npt.NDArray[Any]) -> ort.OrtValue:
         dtype = next(t.dtype for t in self.graphs[graph].inputs if t.name == name)

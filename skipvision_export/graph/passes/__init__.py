@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from skipvision_export.config import SkipVisionConfig
+from skipvision_export.graph.passes.grouped_prefill import GroupedPrefillPass
 from skipvision_export.graph.passes.half_rotary import HalfRotaryPass
 from skipvision_export.graph.passes.int4_weights import Int4WeightsPass
 from skipvision_export.graph.passes.kv_prune import KVPrunePass
@@ -17,8 +18,10 @@ from skipvision_export.graph.passes.last_layer import LastLayerPass
 from skipvision_export.graph.passes.lay_out import LayOutPass, Weights
 from skipvision_export.graph.passes.names import DECODE, EMBED, PREFILL, VISION
 from skipvision_export.graph.passes.native_gqa import NativeGQAPass
+from skipvision_export.graph.passes.pack_projections import PackProjectionsPass
 from skipvision_export.graph.passes.shared_kv import SharedKVPass
 from skipvision_export.graph.passes.skip_ffn import SkipFFNPass
+from skipvision_export.graph.passes.skip_norm import SkipNormPass
 from skipvision_export.graph.passes.strict_mask import StrictMaskPass
 from skipvision_export.layout import TokenLayout
 
@@ -27,8 +30,8 @@ from skipvision_export.layout import TokenLayout
 class PassContext:
     """What passes have to know about the model and the method.
 
-    summary: weights of the summary tokens, see LayOutPass; empty where the layout has none. int4: the
-    pass that both decoder graphs go through where their weights become int4.
+    summary: weights of the summary tokens, see LayOutPass; empty where the layout has none. pack, int4: the
+    passes that both decoder graphs go through, where projections are packed, and where weights become int4.
     """
 
     num_layers: int
@@ -37,6 +40,7 @@ class PassContext:
     config: SkipVisionConfig
     layout: TokenLayout
     summary: Weights = field(default_factory=dict)
+    pack: PackProjectionsPass | None = None
     int4: Int4WeightsPass | None = None
 
 
@@ -46,10 +50,11 @@ def passes_for(graph: str, context: PassContext) -> list[ir.passes.InPlacePass]:
     The last layer's rows go before Skip-FFN, which splits what is left of its FFN another way, and
     after the strict mask, which has a row for each query. Skip-FFN comes before anything that would
     fuse the residual Add away. KV-prune comes after those that look at the graph's outputs: it renames
-    them. int4 weights come last: no other pass knows their operator.
+    them. Projections are packed when all is where it stays, int4 weights come last: no other pass knows
+    their operator.
     """
     config, layout = context.config, context.layout
-    int4 = [context.int4] if context.int4 else []
+    weights: list[ir.passes.InPlacePass] = [each for each in (context.pack, context.int4) if each]
     tiers = [layout.layer_tier(layer) for layer in range(context.num_layers)]
     passes: dict[str, list[ir.passes.InPlacePass]] = {
         VISION: [
@@ -63,9 +68,9 @@ def passes_for(graph: str, context: PassContext) -> list[ir.passes.InPlacePass]:
             LastLayerPass(),
             SkipFFNPass(tiers),
             KVPrunePass(context.num_layers),
-            *int4,
+            *weights,
         ],
-        DECODE: [HalfRotaryPass(), NativeGQAPass(), *int4],
+        DECODE: [HalfRotaryPass(), NativeGQAPass(), *weights],
     }
     return passes[graph]
 
@@ -74,6 +79,10 @@ def variants_for(graph: str) -> dict[str, list[ir.passes.InPlacePass]]:
     """Other forms of a graph, by the runtime they are for: the passes that make each, after all others.
 
     A variant stands beside the graph, which every runtime can run, and shares its weights. It is left
-    out where its passes find nothing to change.
+    out where the first of its passes finds nothing to change.
     """
-    return {"onnxruntime": [SharedKVPass()]} if graph == DECODE else {}
+    forms: dict[str, list[ir.passes.InPlacePass]] = {
+        PREFILL: [GroupedPrefillPass()],
+        DECODE: [SharedKVPass(), SkipNormPass()],
+    }
+    return {"onnxruntime": forms[graph]} if graph in forms else {}

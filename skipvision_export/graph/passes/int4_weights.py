@@ -18,8 +18,10 @@ Array = npt.NDArray[Any]
 
 OP = "MatMulNBits"
 BITS = 4
-# Columns of K that share a scale and a zero point.
+# Columns of K that share a scale.
 BLOCK = 32
+# What an element is counted from where there are no zero points.
+ZERO = 8
 # Accuracy levels of ONNX Runtime's kernel: activations in 8 bits, in decode more than twice as fast as
 # with those in floats.
 FAST, EXACT = 4, 0
@@ -31,19 +33,18 @@ class Int4Matrix:
     """A matrix [K, N] in MatMulNBits' layout, C being the blocks of BLOCK along K.
 
     packed [N, C, BLOCK / 2] uint8, the even element in the low half; scales [N * C] in the matrix's
-    own type; zero_points [N * ceil(C / 2)] uint8, packed like the elements.
+    own type. An element e stands for (e - ZERO) * scale.
     """
 
     packed: Array
     scales: Array
-    zero_points: Array
 
 
 class Int4WeightsPass(ir.passes.InPlacePass):
     """Put MatMulNBits in the place of every MatMul by a constant matrix.
 
         before   MatMul(x, W [K, N])
-        after    MatMulNBits(x, packed, scales, zero_points)
+        after    MatMulNBits(x, packed, scales)
 
     Run it last: no other pass knows the operator. One pass object serves the graphs of a model, and
     quantizes a matrix that they share once.
@@ -92,7 +93,7 @@ class Int4WeightsPass(ir.passes.InPlacePass):
             self._done[id(tensor)] = (tensor, self.quantize(tensor.numpy()))
         matrix = self._done[id(tensor)][1]
         made = []
-        for part in ("packed", "scales", "zero_points"):
+        for part in ("packed", "scales"):
             name = f"{weight.name}.int4.{part}"
             array: Array = getattr(matrix, part)
             held = ir.tensor(array, name=name)
@@ -129,12 +130,11 @@ def _replace(graph: ir.Graph, node: ir.Node, weight: ir.Value, made: list[ir.Val
 
 
 def dequantized(matrix: Int4Matrix, k: int) -> Array:
-    """[K, N]: (element - zero point) * scale, float32. Source: ONNX Runtime, ContribOperators.md."""
+    """[K, N]: (element - ZERO) * scale, float32. Source: ONNX Runtime, ContribOperators.md."""
     n, blocks, half = matrix.packed.shape
     elements = _unpacked(matrix.packed).reshape(n, blocks, 2 * half)
-    zeros = _unpacked(matrix.zero_points.reshape(n, -1))[:, :blocks, None]
     scales = matrix.scales.astype(np.float32).reshape(n, blocks, 1)
-    return np.ascontiguousarray(((elements - zeros) * scales).reshape(n, -1)[:, :k].T)
+    return np.ascontiguousarray(((elements - ZERO) * scales).reshape(n, -1)[:, :k].T)
 
 
 def _unpacked(packed: Array) -> Array:
