@@ -1,11 +1,10 @@
 """Batches of prompts give what each gives alone, in ONNX Runtime and in the patched PyTorch model."""
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 import torch
 from conftest import EXAMPLE
-from damage import leave_as_it_is, twin
+from damage import leave_as_it_is, longest_row_s_positions, see_the_padding, twin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -109,29 +108,6 @@ def test_the_patched_model(form, reference, lengths, seed):
 # -- broken twins -------------------------------------------------------------------------------------
 
 UNEVEN = [(2, 3), (4, 40), (1, 9)]
-
-
-def see_the_padding(graph):
-    """Prefill with a mask of ones."""
-    mask = next(v for v in graph.inputs if v.name == "attention_mask")
-    users = [(use.node, use.idx) for use in mask.uses()]
-    one = ir.Value(name="twin.one", const_value=ir.tensor(np.array(1, np.int64)))
-    graph.register_initializer(one)
-    ones = ir.node("Max", [mask, one])
-    for node, at in users:
-        node.replace_input_with(at, ones.outputs[0])
-    graph.insert_before(graph[0], ones)
-
-
-def longest_row_s_positions(graph):
-    """Decode at the longest row's position in all rows."""
-    positions = next(v for v in graph.inputs if v.name == "position_ids")
-    users = [(use.node, use.idx) for use in positions.uses()]
-    last = ir.node("ReduceMax", [positions], attributes={"keepdims": 0})
-    same = ir.node("Max", [positions, last.outputs[0]])
-    for node, at in users:
-        node.replace_input_with(at, same.outputs[0])
-    graph.insert_before(graph[0], [last, same])
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ struct Bundle::Parts {
         prompt(manifest, tokenizer),
         ends(end_tokens(folder, tokenizer)),
         positions(max_positions(folder)),
-        backend(folder, manifest, options.threads) {}
+        backend(folder, manifest, {options.threads}) {}
 
   ModelInput prepare(const Picture& picture, std::string_view question,
                      const GenerateOptions& options) const;
