@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skipvision_export import SkipVisionConfig, apply_skip_vision
+from skipvision_export.benchmark.accuracy import BundleAnswerer, evaluate
 from skipvision_export.errors import InputError
 from skipvision_export.layout import TokenLayout
 from skipvision_export.runtime import kv_cache
@@ -168,3 +169,11 @@ def test_answers_are_those_of_one_by_one(dtype, example_in, finetuned, tmp_path)
     assert bundle.generate_batch([]) == []
     with pytest.raises(InputError, match="max_batch"):
         bundle.generate_batch(requests, max_batch=0)
+
+
+def test_evaluating_in_batches(example_in):
+    bundle = Bundle.load(example_in("float32"), verify=False)
+    samples = load_imagefolder(EXAMPLE / "test", 30)
+    found = [evaluate(BundleAnswerer(bundle, batch=batch), samples) for batch in (1, 7)]
+    assert found[0].answers == found[1].answers
+    assert found[0].accuracy > 0.5
