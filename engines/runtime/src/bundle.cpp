@@ -27,6 +27,14 @@ Manifest checked(const std::filesystem::path& folder, const BundleOptions& optio
   return manifest;
 }
 
+ImageProcessor processor_of(const Manifest& manifest, const std::filesystem::path& folder) {
+  ImageProcessor processor = ImageProcessor::load(folder);
+  if (processor.tiled() != manifest.tiled)
+    throw Error(manifest.name + ": model.tiled is " + (manifest.tiled ? "true" : "false") +
+                ", the image processor's configuration says otherwise; export again");
+  return processor;
+}
+
 struct Question {
   const Picture& picture;
   std::string_view prompt;
@@ -68,7 +76,7 @@ struct Bundle::Parts {
   Parts(const std::filesystem::path& folder, const BundleOptions& options)
       : manifest(checked(folder, options)),
         tokenizer(Document(folder / "tokenizer.json", "export again")),
-        processor(ImageProcessor::load(folder)),
+        processor(processor_of(manifest, folder)),
         prompt(manifest, tokenizer),
         ends(end_tokens(folder, tokenizer)),
         positions(max_positions(folder)),
@@ -109,6 +117,8 @@ ModelInput Bundle::Parts::prepare(const Picture& picture, std::string_view quest
   input.pixels = processor(picture);
   input.height = processor.height();
   input.width = processor.width();
+  if (processor.tiled())
+    input.crops = static_cast<std::int64_t>(input.pixels.size()) / (3 * input.height * input.width);
   return input;
 }
 

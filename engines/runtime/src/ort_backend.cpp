@@ -69,12 +69,29 @@ Ort::Value OrtBackend::encode(const std::vector<ModelInput>& inputs) const {
   std::vector<float> pixels;
   for (const ModelInput& input : inputs)
     pixels.insert(pixels.end(), input.pixels.begin(), input.pixels.end());
-  Shape shape{static_cast<std::int64_t>(inputs.size()), 3, inputs[0].height, inputs[0].width};
   const OrtGraph& vision = graph(kVision);
+  const ModelInput& first = inputs[0];
+  Shape shape{static_cast<std::int64_t>(inputs.size()), 3, first.height, first.width};
+  if (first.crops > 0) shape.insert(shape.begin() + 1, first.crops);
   OrtGraph::Feeds feeds;
   feeds.emplace_back("pixel_values",
                      make_tensor(vision.input_dtype("pixel_values"), shape, pixels));
   return std::move(vision.run(feeds).at(0));
+}
+
+Ort::Value OrtBackend::encode_all(const std::vector<ModelInput>& inputs) const {
+  auto alike = [&](const ModelInput& input) { return input.crops == inputs[0].crops; };
+  if (std::all_of(inputs.begin(), inputs.end(), alike)) return encode(inputs);
+  std::vector<float> values, all;
+  Shape shape;
+  for (const ModelInput& input : inputs) {
+    Ort::Value features = encode({input});
+    shape = shape_of(features);
+    read_floats(features, values);
+    all.insert(all.end(), values.begin(), values.end());
+  }
+  shape[0] = static_cast<std::int64_t>(inputs.size());
+  return make_tensor(graph(kEmbed).input_dtype("image_features"), shape, all);
 }
 
 Ort::Value OrtBackend::embed(PromptBatch& batch, Ort::Value features) const {
@@ -85,7 +102,7 @@ Ort::Value OrtBackend::embed(PromptBatch& batch, Ort::Value features) const {
 }
 
 Prefilled OrtBackend::run_prefill(const std::vector<ModelInput>& inputs) const {
-  Ort::Value features = encode(inputs);
+  Ort::Value features = encode_all(inputs);
   PromptBatch batch = batch_prompts(inputs, manifest_.image_token_id, manifest_.layout);
   bool padded = *std::max_element(batch.padding.begin(), batch.padding.end()) > 0;
   const OrtGraph& prefill = graph(prefill_name(padded));

@@ -41,7 +41,10 @@ class OrtBackend : public Backend {
   /// The name of the graph that prefills rows with or without padding on the left.
   std::string prefill_name(bool padded) const;
   bool has(const std::string& name) const { return manifest_.graphs.count(name) > 0; }
+  /// Features of pictures that have as many crops each, in one run.
   Ort::Value encode(const std::vector<ModelInput>& inputs) const;
+  /// Of any pictures, in their order.
+  Ort::Value encode_all(const std::vector<ModelInput>& inputs) const;
   Ort::Value embed(PromptBatch& batch, Ort::Value features) const;
 
   const std::filesystem::path folder_;

@@ -37,7 +37,8 @@ json decode(const json& request) {
   return all;
 }
 
-/// {"folder": BUNDLE, "images": [..], "out": FILE}: their float32 tensors, one behind the other.
+/// {"folder": BUNDLE, "images": [..], "out": FILE}: their float32 tensors, one behind the other
+/// -> height, width.
 json pixels(const json& request) {
   auto processor = skipvision::ImageProcessor::load(request["folder"].get<std::string>());
   std::ofstream out(request["out"].get<std::string>(), std::ios::binary);
@@ -83,7 +84,7 @@ json logits(const json& request) {
   for (const json& ids : request["prompts"]) {
     std::size_t count = 3 * side * side;
     auto* first = reinterpret_cast<const float*>(pixels.data()) + prompts.size() * count;
-    prompts.push_back({{first, first + count}, side, side, ids});
+    prompts.push_back({{first, first + count}, 0, side, side, ids});
   }
   std::vector<std::vector<std::int64_t>> tokens = request["tokens"];
   std::ofstream out(request["out"].get<std::string>(), std::ios::binary);
@@ -119,7 +120,7 @@ json peak(const json& request) {
   skipvision::OrtBackend backend(folder, manifest, {1, request["share"].get<bool>(), false});
   auto side = request["side"].get<std::int64_t>();
   std::vector<skipvision::ModelInput> inputs(1);
-  inputs[0] = {std::vector<float>(3 * side * side, 0.5F), side, side, request["ids"]};
+  inputs[0] = {std::vector<float>(3 * side * side, 0.5F), 0, side, side, request["ids"]};
   auto position = static_cast<std::int64_t>(inputs[0].ids.size());
   int steps = request["steps"].get<int>();
   if (steps == 0) backend.run_prefill(inputs);
