@@ -58,17 +58,19 @@ def test_answers_are_pythons(skip_bundle, build):
     assert [row["token_ids"] for row in answers(build, skip_bundle, 8, "--batch", 8)] == expected
 
 
-def logits(probe, folder, tmp_path, prompts, tokens, batches):
-    """[prompt][step, vocab] of each batch."""
+def logits(probe, folder, tmp_path, prompts, tokens, batches, keep=None):
+    """[prompt][step, vocab] of each batch; all in one, where rows leave."""
     rng = np.random.default_rng(0)
     pixels = rng.standard_normal((len(prompts), 3, SIDE, SIDE), np.float32)
     pixels.tofile(tmp_path / "pixels")
     out = tmp_path / "logits"
-    request = {"prompts": prompts, "tokens": tokens, "batches": batches, "out": str(out)}
+    request = {"prompts": prompts, "tokens": tokens, "batches": batches, "keep": keep, "out": str(out)}
     ask(probe, "logits", bundle=str(folder), pixels=str(tmp_path / "pixels"), side=SIDE, **request)
     steps = len(tokens[0]) + 1
     vocabulary = Bundle.load(folder, verify=False).manifest.model.vocab_size
     values = np.fromfile(out, np.float32).reshape(-1, vocabulary)
+    if keep is not None:
+        return pixels, values
     found, at = [], 0
     for batch in batches:
         found.append(values[at : at + steps * len(batch)].reshape(steps, len(batch), -1).swapaxes(0, 1))
@@ -131,10 +133,31 @@ def test_the_buffers_grow_twice(skip_bundle, probe, tmp_path):
     assert difference(probe, skip_bundle, tmp_path, UNEVEN, steps=270) <= LIMIT
 
 
-def test_without_the_shared_cache(skip_bundle, probe, tmp_path):
+@pytest.mark.parametrize("kind", ["shared", "joined"])
+@pytest.mark.parametrize("rows", [[0, 2], [1], [1, 2]])
+def test_rows_leave_the_batch(kind, rows, skip_bundle, probe, tmp_path):
+    """The others go on as before, also once the buffers have grown."""
+    folder = skip_bundle
+    if kind == "joined":
+        folder = shutil.copytree(skip_bundle, tmp_path / "bundle")
+        alter(folder, lambda m: m.pop("variants"))
+    prompts, tokens = random_prompts(folder, UNEVEN, 270)
+    _, alone = logits(probe, folder, tmp_path, prompts, tokens, [[0], [1], [2]])
+    _, values = logits(probe, folder, tmp_path, prompts, tokens, [[0, 1, 2]], keep=rows)
+    first, rest = np.split(values, [3 * 3])
+    expected = np.concatenate(alone)
+    assert np.abs(first.reshape(3, 3, -1).swapaxes(0, 1) - expected[:, :3]).max() <= LIMIT
+    rest = rest.reshape(268, len(rows), -1).swapaxes(0, 1)
+    assert np.abs(rest - expected[rows, 3:]).max() <= LIMIT
+    # the twin: other rows are not these
+    assert np.abs(rest[0] - expected[(rows[0] + 1) % 3, 3:]).max() > 100 * LIMIT
+
+
+def test_without_the_shared_cache(skip_bundle, build, probe, tmp_path):
     folder = shutil.copytree(skip_bundle, tmp_path / "bundle")
     alter(folder, lambda m: m.pop("variants"))
     assert difference(probe, folder, tmp_path, UNEVEN) <= LIMIT
+    assert answers(build, folder, 21, "--batch", 8) == answers(build, skip_bundle, 21)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,9 @@ class Sequence {
   /// Decodes one token of each row; `positions` count each row's whole original sequence.
   virtual void step(const std::vector<std::int64_t>& tokens,
                     const std::vector<std::int64_t>& positions) = 0;
+  /// Goes on with these rows only, ascending, which are numbered anew; their logits come with the
+  /// next step. false where all rows must be fed on.
+  virtual bool keep(const std::vector<std::size_t>&) { return false; }
   /// Milliseconds of the last step that were spent in the graphs.
   virtual double graph_ms() const = 0;
 };

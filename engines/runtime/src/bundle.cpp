@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <numeric>
 
 #include "manifest.h"
 #include "ort_backend.h"
@@ -153,27 +154,39 @@ std::vector<Answer> Bundle::Parts::answer(const std::vector<Question>& questions
     statistics.kv_tokens_after_prefill = static_cast<int>(sequence->length(row));
   }
   watch.lap();
+  std::vector<std::size_t> rows(writers.size());  // of the sequence: whose they are
+  std::iota(rows.begin(), rows.end(), 0);
   while (true) {
-    bool all_ended = true;
-    for (std::size_t row = 0; row < writers.size(); ++row) {
-      Writer& writer = writers[row];
-      if (writer.ended) continue;  // it keeps its row, and feeds its last token on
+    std::vector<std::size_t> running;  // rows
+    for (std::size_t row = 0; row < rows.size(); ++row) {
+      Writer& writer = writers[rows[row]];
+      if (writer.ended) continue;  // it feeds its last token on
       bool go_on = writer.next(sequence->logits(row));
       tokens[row] = writer.answer.token_ids.back();
       bool full = static_cast<int>(writer.answer.token_ids.size()) == options.max_new_tokens;
       writer.ended =
           !go_on || full || std::find(ends.begin(), ends.end(), tokens[row]) != ends.end();
       if (writer.ended) writer.finish();
-      all_ended = all_ended && writer.ended;
+      if (!writer.ended) running.push_back(row);
     }
-    if (all_ended) break;
+    if (running.empty()) break;
+    if (running.size() < rows.size() && sequence->keep(running)) {
+      for (std::size_t row = 0; row < running.size(); ++row) {
+        rows[row] = rows[running[row]];
+        tokens[row] = tokens[running[row]];
+        positions[row] = positions[running[row]];
+      }
+      for (auto* list : {&tokens, &positions}) list->resize(running.size());
+      rows.resize(running.size());
+    }
     double between_ms = watch.lap();
     sequence->step(tokens, positions);
     double step_ms = watch.lap();
-    for (std::size_t row = 0; row < writers.size(); ++row) {
+    for (std::size_t row = 0; row < rows.size(); ++row) {
       ++positions[row];
-      if (writers[row].ended) continue;
-      Statistics& statistics = writers[row].answer.statistics;
+      Writer& writer = writers[rows[row]];
+      if (writer.ended) continue;
+      Statistics& statistics = writer.answer.statistics;
       statistics.decode_ms.push_back(step_ms);
       statistics.outside_ms.push_back(between_ms + step_ms - sequence->graph_ms());
     }

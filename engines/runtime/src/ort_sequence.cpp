@@ -42,23 +42,27 @@ class OrtSequence : public Sequence {
       throw Error("decoder_prefill gives no logits or no K/V; export again");
     read(first_logits_);
     length_ = shape_of(cache_[0])[2];
-    auto rows = static_cast<std::int64_t>(padding_.size());
-    const std::string& dtype = decode.input_dtype("inputs_embeds");
-    embeds_ = make_tensor(dtype, {rows, 1, prefilled.image_features.back()});
-    logits_tensor_ = make_tensor(dtype, {rows, 1, static_cast<std::int64_t>(logits_.size) / rows});
-    embed_binding_.BindInput("input_ids", view(ids_, {rows, 1}));
+    hidden_ = prefilled.image_features.back();
+    vocabulary_ = logits_.size / padding_.size();
     embed_binding_.BindInput("image_features", features_);
-    embed_binding_.BindOutput("inputs_embeds", embeds_);
-    binding_.BindInput("inputs_embeds", embeds_);
-    binding_.BindInput("position_ids", view(positions_, {rows, 1}));
+    bind_rows();
   }
 
   Logits logits(std::size_t row) const override {
-    std::size_t vocabulary = logits_.size / padding_.size();
-    return {logits_.data + row * vocabulary, vocabulary};
+    return {logits_.data + row * vocabulary_, vocabulary_};
   }
   std::int64_t length(std::size_t row) const override { return length_ - padding_[row]; }
   double graph_ms() const override { return graph_ms_; }
+
+  bool keep(const std::vector<std::size_t>& rows) override {
+    guarded("ONNX Runtime refuses the cache", [&] {
+      for (std::size_t i = 0; i < cache_.size(); ++i) cache_[i] = front_rows(i, rows);
+      for (std::size_t i = 0; i < rows.size(); ++i) padding_[i] = padding_[rows[i]];
+      for (auto* list : {&padding_, &ids_, &positions_}) list->resize(rows.size());
+      bind_rows();
+    });
+    return true;
+  }
 
   void step(const std::vector<std::int64_t>& tokens,
             const std::vector<std::int64_t>& positions) override {
@@ -77,6 +81,36 @@ class OrtSequence : public Sequence {
  protected:
   /// Runs decode on what is bound.
   virtual void decode() = 0;
+
+  /// Tensors of as many rows as there are.
+  virtual void bind_rows() {
+    auto rows = static_cast<std::int64_t>(padding_.size());
+    const std::string& dtype = decode_.input_dtype("inputs_embeds");
+    embeds_ = make_tensor(dtype, {rows, 1, hidden_});
+    logits_tensor_ = make_tensor(dtype, {rows, 1, static_cast<std::int64_t>(vocabulary_)});
+    embed_binding_.BindInput("input_ids", view(ids_, {rows, 1}));
+    embed_binding_.BindOutput("inputs_embeds", embeds_);
+    binding_.BindInput("inputs_embeds", embeds_);
+    binding_.BindInput("position_ids", view(positions_, {rows, 1}));
+  }
+
+  /// These rows of a cached tensor, moved to the front of its own memory.
+  Ort::Value front_rows(std::size_t index, const std::vector<std::size_t>& rows) {
+    Shape shape = shape_of(cache_[index]);
+    std::size_t bytes = element_bytes(cache_[index]) * shape[1] * shape[2] * shape[3];
+    auto* data = static_cast<char*>(cache_[index].GetTensorMutableRawData());
+    for (std::size_t i = 0; i < rows.size(); ++i)
+      if (i != rows[i]) std::memcpy(data + i * bytes, data + rows[i] * bytes, bytes);
+    auto type = cache_[index].GetTensorTypeAndShapeInfo().GetElementType();
+    owners_.resize(cache_.size());
+    // A view of a view needs the first one's memory only.
+    if (!owners_[index] || owners_[index].GetTensorRawData() != data)
+      owners_[index] = std::move(cache_[index]);
+    shape[0] = static_cast<std::int64_t>(rows.size());
+    auto memory = Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeCPU);
+    return Ort::Value::CreateTensor(memory, data, bytes * rows.size(), shape.data(), shape.size(),
+                                    type);
+  }
 
   void run(const OrtGraph& graph, const Ort::IoBinding& binding) {
     Stopwatch watch;
@@ -113,6 +147,9 @@ class OrtSequence : public Sequence {
   std::vector<std::int64_t> padding_, ids_, positions_, mask_;
   std::vector<std::string> present_;
   std::vector<Ort::Value> cache_;
+  std::vector<Ort::Value> owners_;  // of the memory that cached tensors are views of, if they are
+  std::int64_t hidden_ = 0;
+  std::size_t vocabulary_ = 0;
   Logits logits_{nullptr, 0};
   std::vector<float> converted_;
   std::int64_t length_ = 0;  // of the longest row
@@ -127,6 +164,19 @@ class SharedSequence : public OrtSequence {
   }
 
  private:
+  void bind_rows() override {
+    OrtSequence::bind_rows();
+    binding_.BindOutput("logits", logits_tensor_);
+    if (packed_) bind_cache();
+  }
+
+  void bind_cache() {
+    for (std::size_t i = 0; i < cache_.size(); ++i) {
+      binding_.BindInput(past_name(present_[i]).c_str(), cache_[i]);
+      binding_.BindOutput(present_[i].c_str(), cache_[i]);
+    }
+  }
+
   void decode() override {
     if (length_ == capacity_) grow();
     bind_mask();
@@ -150,11 +200,11 @@ class SharedSequence : public OrtSequence {
                     from + head * old_bytes + (packed_ ? 0 : position * padding), bytes);
         std::memset(to + head * new_bytes + bytes, 0, new_bytes - bytes);
       }
-      binding_.BindInput(past_name(present_[i]).c_str(), grown);
-      binding_.BindOutput(present_[i].c_str(), grown);
       cache_[i] = std::move(grown);
     }
     packed_ = true;
+    owners_.clear();
+    bind_cache();
   }
 
   bool packed_ = false;  // each row's K and V are at the front of its buffer

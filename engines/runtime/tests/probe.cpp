@@ -74,7 +74,7 @@ json threads(const json& request) {
 /// {"bundle": .., "pixels": FILE of float32 [N, 3, side, side], "side": .., "prompts": N lists of
 /// ids, "tokens": N lists of ids to go on with, "batches": lists of prompts, "out": FILE} -> logits
 /// in float32, of each batch those of its rows after prefill, then after each step.
-json logits(const json& request) {
+json logits(json request) {
   std::filesystem::path folder = request["bundle"].get<std::string>();
   auto manifest = skipvision::Manifest::load(folder);
   skipvision::OrtBackend backend(folder, manifest, {1});
@@ -88,7 +88,7 @@ json logits(const json& request) {
   }
   std::vector<std::vector<std::int64_t>> tokens = request["tokens"];
   std::ofstream out(request["out"].get<std::string>(), std::ios::binary);
-  for (const std::vector<std::size_t> batch : request["batches"]) {
+  for (std::vector<std::size_t> batch : request["batches"]) {
     std::vector<skipvision::ModelInput> inputs;
     std::vector<std::int64_t> next, positions;
     for (std::size_t i : batch) {
@@ -103,6 +103,17 @@ json logits(const json& request) {
                   static_cast<std::streamsize>(values.size * sizeof(float)));
       }
       if (step == tokens.at(batch[0]).size()) break;
+      if (step == 2 && !request["keep"].is_null()) {
+        std::vector<std::size_t> rows = request["keep"], all = batch;
+        std::vector<std::int64_t> places = positions;
+        sequence->keep(rows);
+        batch.clear();
+        positions.clear();
+        for (std::size_t row : rows) {
+          batch.push_back(all.at(row));
+          positions.push_back(places.at(row));
+        }
+      }
       next.clear();
       for (std::size_t i : batch) next.push_back(tokens.at(i).at(step));
       sequence->step(next, positions);
