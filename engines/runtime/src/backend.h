@@ -2,8 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <vector>
+
+#include "logits.h"
 
 namespace skipvision {
 
@@ -15,24 +18,29 @@ struct ModelInput {
   std::vector<std::int64_t> ids;  // one placeholder for each visual token of the layout
 };
 
-/// One prompt that has been prefilled, and its cache.
+/// Prompts that were prefilled together, one row each, and their cache.
 class Sequence {
  public:
   virtual ~Sequence() = default;
-  /// [vocab] of the last position.
-  virtual const std::vector<float>& logits() const = 0;
-  /// Cached positions.
-  virtual std::int64_t length() const = 0;
-  /// Decodes one token; `position` counts the whole original sequence.
-  virtual void step(std::int64_t token, std::int64_t position) = 0;
+  /// Of the row's last position; good until the next step.
+  virtual Logits logits(std::size_t row) const = 0;
+  /// Cached positions of a row.
+  virtual std::int64_t length(std::size_t row) const = 0;
+  /// Decodes one token of each row; `positions` count each row's whole original sequence.
+  virtual void step(const std::vector<std::int64_t>& tokens,
+                    const std::vector<std::int64_t>& positions) = 0;
+  /// Milliseconds of the last step that were spent in the graphs.
+  virtual double graph_ms() const = 0;
 };
 
 /// Threads may share a backend; each sequence belongs to one of them.
 class Backend {
  public:
   virtual ~Backend() = default;
-  /// Vision encoder, embeddings and prefill; throws Error.
-  virtual std::unique_ptr<Sequence> prefill(const ModelInput& input) const = 0;
+  /// Vision encoder, embeddings and prefill of one or more prompts; throws Error.
+  virtual std::unique_ptr<Sequence> prefill(const std::vector<ModelInput>& inputs) const = 0;
+  /// Prompts that one prefill takes at most.
+  virtual std::size_t max_batch() const { return std::numeric_limits<std::size_t>::max(); }
 };
 
 }  // namespace skipvision

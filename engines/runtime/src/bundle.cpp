@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <chrono>
 
 #include "manifest.h"
 #include "ort_backend.h"
@@ -7,24 +6,11 @@
 #include "prompt.h"
 #include "sampling.h"
 #include "skipvision/skipvision.h"
+#include "stopwatch.h"
 #include "tokenizer.h"
 
 namespace skipvision {
 namespace {
-
-class Stopwatch {
- public:
-  /// Milliseconds since the last call.
-  double lap() {
-    auto now = std::chrono::steady_clock::now();
-    std::chrono::duration<double, std::milli> passed = now - last_;
-    last_ = now;
-    return passed.count();
-  }
-
- private:
-  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
-};
 
 double median(std::vector<double> values) {
   if (values.empty()) return 0;
@@ -41,6 +27,41 @@ Manifest checked(const std::filesystem::path& folder, const BundleOptions& optio
   return manifest;
 }
 
+struct Question {
+  const Picture& picture;
+  std::string_view prompt;
+};
+
+/// One answer as it comes.
+class Writer {
+ public:
+  Writer(const Tokenizer& tokenizer, const GenerateOptions& options, const TokenCallback& on_text)
+      : choose_(options), detokenizer_(tokenizer), on_text_(on_text) {}
+
+  /// Chooses the next token and writes its text; false where the callback wants no more.
+  bool next(Logits logits) {
+    answer.token_ids.push_back(choose_(logits));
+    return give(detokenizer_.push(answer.token_ids.back()));
+  }
+  void finish() {
+    give(detokenizer_.finish());
+    answer.statistics.decode_ms_per_token = median(answer.statistics.decode_ms);
+  }
+
+  Answer answer;
+  bool ended = false;
+
+ private:
+  bool give(const std::string& piece) {
+    answer.text += piece;
+    return piece.empty() || !on_text_ || on_text_(piece);
+  }
+
+  Sampler choose_;
+  Detokenizer detokenizer_;
+  const TokenCallback& on_text_;
+};
+
 }  // namespace
 
 struct Bundle::Parts {
@@ -55,6 +76,9 @@ struct Bundle::Parts {
 
   ModelInput prepare(const Picture& picture, std::string_view question,
                      const GenerateOptions& options) const;
+  /// All prompts in one run.
+  std::vector<Answer> answer(const std::vector<Question>& questions, const GenerateOptions& options,
+                             const TokenCallback& on_text) const;
 
   Manifest manifest;
   Tokenizer tokenizer;
@@ -94,49 +118,80 @@ Bundle::~Bundle() = default;
 Bundle::Bundle(Bundle&&) noexcept = default;
 Bundle& Bundle::operator=(Bundle&&) noexcept = default;
 
+std::vector<Answer> Bundle::Parts::answer(const std::vector<Question>& questions,
+                                          const GenerateOptions& options,
+                                          const TokenCallback& on_text) const {
+  std::vector<Writer> writers;
+  std::vector<ModelInput> inputs;
+  Stopwatch watch;
+  for (const Question& question : questions) {
+    Statistics& statistics = writers.emplace_back(tokenizer, options, on_text).answer.statistics;
+    inputs.push_back(prepare(question.picture, question.prompt, options));
+    statistics.prepare_ms = watch.lap();
+  }
+  std::unique_ptr<Sequence> sequence = backend.prefill(inputs);
+  double first_ms = watch.lap();
+  // Decode goes on from each prompt's length, not from the cache's.
+  std::vector<std::int64_t> tokens(inputs.size()), positions;
+  for (std::size_t row = 0; row < inputs.size(); ++row) {
+    positions.push_back(static_cast<std::int64_t>(inputs[row].ids.size()));
+    Statistics& statistics = writers[row].answer.statistics;
+    statistics.ttft_ms = first_ms;
+    statistics.prompt_tokens = static_cast<int>(positions[row]);
+    statistics.retained_tokens = manifest.retained;
+    statistics.skipped_tokens = manifest.skipped;
+    statistics.kv_tokens_after_prefill = static_cast<int>(sequence->length(row));
+  }
+  watch.lap();
+  while (true) {
+    bool all_ended = true;
+    for (std::size_t row = 0; row < writers.size(); ++row) {
+      Writer& writer = writers[row];
+      if (writer.ended) continue;  // it keeps its row, and feeds its last token on
+      bool go_on = writer.next(sequence->logits(row));
+      tokens[row] = writer.answer.token_ids.back();
+      bool full = static_cast<int>(writer.answer.token_ids.size()) == options.max_new_tokens;
+      writer.ended =
+          !go_on || full || std::find(ends.begin(), ends.end(), tokens[row]) != ends.end();
+      if (writer.ended) writer.finish();
+      all_ended = all_ended && writer.ended;
+    }
+    if (all_ended) break;
+    double between_ms = watch.lap();
+    sequence->step(tokens, positions);
+    double step_ms = watch.lap();
+    for (std::size_t row = 0; row < writers.size(); ++row) {
+      ++positions[row];
+      if (writers[row].ended) continue;
+      Statistics& statistics = writers[row].answer.statistics;
+      statistics.decode_ms.push_back(step_ms);
+      statistics.outside_ms.push_back(between_ms + step_ms - sequence->graph_ms());
+    }
+  }
+  std::vector<Answer> answers;
+  for (Writer& writer : writers) answers.push_back(std::move(writer.answer));
+  return answers;
+}
+
 Answer Bundle::generate(const Picture& picture, std::string_view prompt,
                         const GenerateOptions& options, const TokenCallback& on_text) const {
-  Sampler choose(options);
-  Answer answer;
-  Statistics& statistics = answer.statistics;
-  Stopwatch watch;
-  ModelInput input = parts_->prepare(picture, prompt, options);
-  statistics.prepare_ms = watch.lap();
-  std::unique_ptr<Sequence> sequence = parts_->backend.prefill(input);
-  statistics.ttft_ms = watch.lap();
-  statistics.prompt_tokens = static_cast<int>(input.ids.size());
-  statistics.retained_tokens = parts_->manifest.retained;
-  statistics.skipped_tokens = parts_->manifest.skipped;
-  statistics.kv_tokens_after_prefill = static_cast<int>(sequence->length());
-
-  Detokenizer detokenizer(parts_->tokenizer);
-  auto give = [&](const std::string& piece) {
-    answer.text += piece;
-    return piece.empty() || !on_text || on_text(piece);
-  };
-  // Decode goes on from the prompt's length, not from the cache's.
-  auto position = static_cast<std::int64_t>(input.ids.size());
-  const auto& ends = parts_->ends;
-  while (true) {
-    std::int64_t token = choose(sequence->logits());
-    answer.token_ids.push_back(token);
-    bool go_on = give(detokenizer.push(token));
-    bool full = static_cast<int>(answer.token_ids.size()) == options.max_new_tokens;
-    if (!go_on || full || std::find(ends.begin(), ends.end(), token) != ends.end()) break;
-    watch.lap();
-    sequence->step(token, position++);
-    statistics.decode_ms.push_back(watch.lap());
-  }
-  give(detokenizer.finish());
-  statistics.decode_ms_per_token = median(statistics.decode_ms);
-  return answer;
+  return std::move(parts_->answer({{picture, prompt}}, options, on_text).front());
 }
 
 std::vector<Answer> Bundle::generate(const std::vector<Request>& requests,
                                      const GenerateOptions& options) const {
+  if (options.max_batch < 1)
+    throw Error("max_batch is " + std::to_string(options.max_batch) + ", expected 1 or more");
+  std::size_t most =
+      std::min(static_cast<std::size_t>(options.max_batch), parts_->backend.max_batch());
   std::vector<Answer> answers;
-  for (const Request& request : requests)
-    answers.push_back(generate(request.picture, request.prompt, options));
+  for (std::size_t first = 0; first < requests.size(); first += most) {
+    std::vector<Question> questions;
+    for (std::size_t i = first; i < std::min(first + most, requests.size()); ++i)
+      questions.push_back({requests[i].picture, requests[i].prompt});
+    for (Answer& answer : parts_->answer(questions, options, {}))
+      answers.push_back(std::move(answer));
+  }
   return answers;
 }
 

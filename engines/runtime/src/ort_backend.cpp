@@ -1,13 +1,18 @@
 #include "ort_backend.h"
 
-#include "layout.h"
+#include <algorithm>
+
 #include "ort_sequence.h"
 #include "skipvision/skipvision.h"
 
 namespace skipvision {
 namespace {
 
-constexpr char kShared[] = "decoder_decode.onnxruntime";
+constexpr char kPrefill[] = "decoder_prefill";
+constexpr char kDecode[] = "decoder_decode";
+
+/// The manifest's name of a graph's variant for this runtime.
+std::string variant(const std::string& graph) { return graph + ".onnxruntime"; }
 
 std::string ffn_index_name(int tier) {
   return tier == 1 ? "ffn_index" : "ffn_index." + std::to_string(tier);
@@ -16,67 +21,84 @@ std::string ffn_index_name(int tier) {
 }  // namespace
 
 OrtBackend::OrtBackend(const std::filesystem::path& folder, const Manifest& manifest, int threads)
-    : manifest_(manifest), env_(nullptr) {
+    : folder_(folder), manifest_(manifest), env_(nullptr), options_(nullptr) {
   check_onnxruntime();
   env_ = Ort::Env(ORT_LOGGING_LEVEL_ERROR, "skipvision");
+  options_ = Ort::SessionOptions();
+  options_.SetIntraOpNumThreads(threads);
+  options_.SetGraphOptimizationLevel(ORT_ENABLE_ALL);
   weights_ = std::make_unique<SharedWeights>();
-  Ort::SessionOptions options;
-  options.SetIntraOpNumThreads(threads);
-  options.SetGraphOptimizationLevel(ORT_ENABLE_ALL);
-  auto load = [&](const std::string& name, const Ort::SessionOptions& own) {
-    return std::make_unique<OrtGraph>(env_, folder, manifest.graph(name), own, weights_->packed());
-  };
-  vision_ = load("vision_encoder", options);
-  embed_ = load("embed_tokens", options);
-  auto load_decoder = [&](const std::string& name) {
-    Ort::SessionOptions own = options.Clone();
-    weights_->add_to(own, folder / manifest.graph(name).file);
-    // It would turn every referenced matrix into a copy, before they become FusedMatMul.
-    if (manifest.references && manifest.dtype == "float32")
-      own.AddConfigEntry("optimization.disable_specified_optimizers", "ConstantFolding");
-    return load(name, own);
-  };
-  prefill_ = load_decoder("decoder_prefill");
-  shared_cache_ = manifest.graphs.count(kShared) > 0;
-  decode_ = load_decoder(shared_cache_ ? kShared : "decoder_decode");
+  vision_ = load("vision_encoder");
+  embed_ = load("embed_tokens");
+  prefill_ = load_decoder(manifest.graphs.count(variant(kPrefill)) ? variant(kPrefill) : kPrefill);
+  shared_cache_ = manifest.graphs.count(variant(kDecode)) > 0;
+  decode_ = load_decoder(shared_cache_ ? variant(kDecode) : kDecode);
 }
 
-Ort::Value OrtBackend::embed(const ModelInput& input, Ort::Value features) const {
-  std::vector<std::int64_t> ids = input.ids;
+std::unique_ptr<OrtGraph> OrtBackend::load(const std::string& name) const {
+  return std::make_unique<OrtGraph>(env_, folder_, manifest_.graph(name), options_,
+                                    weights_->packed());
+}
+
+std::unique_ptr<OrtGraph> OrtBackend::load_decoder(const std::string& name) const {
+  const GraphInfo& info = manifest_.graph(name);
+  Ort::SessionOptions own = options_.Clone();
+  weights_->add_to(own, folder_ / info.file);
+  // It would turn every referenced matrix into a copy, before they become FusedMatMul.
+  if (manifest_.references && manifest_.dtype == "float32")
+    own.AddConfigEntry("optimization.disable_specified_optimizers", "ConstantFolding");
+  return std::make_unique<OrtGraph>(env_, folder_, info, own, weights_->packed());
+}
+
+const OrtGraph& OrtBackend::prefill_graph(bool padded) const {
+  // The variant is causal and nothing else: right only where no row has padding.
+  if (!padded || &prefill_->info() == &manifest_.graph(kPrefill)) return *prefill_;
+  std::lock_guard<std::mutex> lock(creating_);
+  if (!padded_prefill_) padded_prefill_ = load_decoder(kPrefill);
+  return *padded_prefill_;
+}
+
+Ort::Value OrtBackend::encode(const std::vector<ModelInput>& inputs) const {
+  std::vector<float> pixels;
+  for (const ModelInput& input : inputs)
+    pixels.insert(pixels.end(), input.pixels.begin(), input.pixels.end());
+  Shape shape{static_cast<std::int64_t>(inputs.size()), 3, inputs[0].height, inputs[0].width};
   OrtGraph::Feeds feeds;
-  feeds.emplace_back("input_ids", view(ids, {1, static_cast<std::int64_t>(ids.size())}));
+  feeds.emplace_back("pixel_values",
+                     make_tensor(vision_->input_dtype("pixel_values"), shape, pixels));
+  return std::move(vision_->run(feeds).at(0));
+}
+
+Ort::Value OrtBackend::embed(PromptBatch& batch, Ort::Value features) const {
+  OrtGraph::Feeds feeds;
+  feeds.emplace_back("input_ids", view(batch.ids, {batch.rows, batch.length}));
   feeds.emplace_back("image_features", std::move(features));
   return std::move(embed_->run(feeds).at(0));
 }
 
-std::unique_ptr<Sequence> OrtBackend::prefill(const ModelInput& input) const {
-  OrtGraph::Feeds picture;
-  picture.emplace_back("pixel_values",
-                       make_tensor(vision_->input_dtype("pixel_values"),
-                                   {1, 3, input.height, input.width}, input.pixels));
-  Ort::Value features = std::move(vision_->run(picture).at(0));
-
-  auto length = static_cast<std::int64_t>(input.ids.size());
-  PrefillIndices indices = prefill_indices(input.ids, manifest_.image_token_id, manifest_.layout);
-  std::vector<std::int64_t> mask(length, 1), positions(length);
-  for (std::int64_t i = 0; i < length; ++i) positions[i] = i;
+std::unique_ptr<Sequence> OrtBackend::prefill(const std::vector<ModelInput>& inputs) const {
+  Ort::Value features = encode(inputs);
+  PromptBatch batch = batch_prompts(inputs, manifest_.image_token_id, manifest_.layout);
+  bool padded = *std::max_element(batch.padding.begin(), batch.padding.end()) > 0;
+  const OrtGraph& graph = prefill_graph(padded);
+  Shape shape{batch.rows, batch.length};
   OrtGraph::Feeds feeds;
-  feeds.emplace_back("inputs_embeds", embed(input, std::move(features)));
-  feeds.emplace_back("attention_mask", view(mask, {1, length}));
-  feeds.emplace_back("position_ids", view(positions, {1, length}));
+  feeds.emplace_back("inputs_embeds", embed(batch, std::move(features)));
+  feeds.emplace_back("attention_mask", view(batch.mask, shape));
+  feeds.emplace_back("position_ids", view(batch.positions, shape));
   std::vector<int> tiers = manifest_.layout.used_tiers();
   for (std::size_t i = 0; i < tiers.size(); ++i) {
-    auto& rows = indices.ffn_rows[i];
+    auto& rows = batch.ffn_rows[i];
     feeds.emplace_back(ffn_index_name(tiers[i]),
                        view(rows, {static_cast<std::int64_t>(rows.size())}));
   }
-  feeds.emplace_back("kv_keep_index",
-                     view(indices.kv_keep, {1, static_cast<std::int64_t>(indices.kv_keep.size())}));
-  if (prefill_->info().has_input("image_index"))
-    feeds.emplace_back("image_index", view(indices.image_index, {1, length}));
-  Prefilled prefilled{prefill_->run(feeds),
-                      &prefill_->info().outputs,
-                      {0, manifest_.visual_tokens, manifest_.hidden_size}};
+  feeds.emplace_back("kv_keep_index", view(batch.kv_keep, {batch.rows, batch.kept}));
+  if (graph.info().has_input("image_index"))
+    feeds.emplace_back("image_index", view(batch.image_index, shape));
+  Prefilled prefilled{graph.run(feeds),
+                      &graph.info().outputs,
+                      {0, manifest_.visual_tokens, manifest_.hidden_size},
+                      std::move(batch.padding)};
   return make_sequence(*embed_, *decode_, shared_cache_, std::move(prefilled));
 }
 

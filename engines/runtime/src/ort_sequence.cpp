@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "skipvision/skipvision.h"
+#include "stopwatch.h"
 
 namespace skipvision {
 namespace {
@@ -16,7 +17,7 @@ std::string past_name(const std::string& present) {
   return "past_key_values." + present.substr(std::strlen("present."));
 }
 
-/// What both kinds of cache do alike: one token through the embeddings, logits out.
+/// What both kinds of cache do alike: a token of each row through the embeddings, logits out.
 class OrtSequence : public Sequence {
  public:
   OrtSequence(const OrtGraph& embed, const OrtGraph& decode, Prefilled prefilled)
@@ -25,41 +26,51 @@ class OrtSequence : public Sequence {
         embed_binding_(embed.binding()),
         binding_(decode.binding()),
         features_(make_tensor(embed.input_dtype("image_features"), prefilled.image_features)),
-        id_(1),
-        position_(1) {
+        padding_(std::move(prefilled.padding)),
+        ids_(padding_.size()),
+        positions_(padding_.size()) {
     for (std::size_t i = 0; i < prefilled.outputs.size(); ++i) {
       const std::string& name = (*prefilled.names)[i].name;
       if (name == "logits") {
-        read_floats(prefilled.outputs[i], logits_);
+        first_logits_ = std::move(prefilled.outputs[i]);
       } else {
         present_.push_back(name);
         cache_.push_back(std::move(prefilled.outputs[i]));
       }
     }
-    if (logits_.empty() || cache_.empty() || shape_of(cache_[0]).size() != 4)
+    if (!first_logits_ || cache_.empty() || shape_of(cache_[0]).size() != 4)
       throw Error("decoder_prefill gives no logits or no K/V; export again");
+    read(first_logits_);
     length_ = shape_of(cache_[0])[2];
-    embeds_ =
-        make_tensor(decode.input_dtype("inputs_embeds"), {1, 1, prefilled.image_features.back()});
-    logits_tensor_ =
-        make_tensor(decode.input_dtype("inputs_embeds"), {1, 1, std::int64_t(logits_.size())});
-    embed_binding_.BindInput("input_ids", view(id_, {1, 1}));
+    auto rows = static_cast<std::int64_t>(padding_.size());
+    const std::string& dtype = decode.input_dtype("inputs_embeds");
+    embeds_ = make_tensor(dtype, {rows, 1, prefilled.image_features.back()});
+    logits_tensor_ = make_tensor(dtype, {rows, 1, static_cast<std::int64_t>(logits_.size) / rows});
+    embed_binding_.BindInput("input_ids", view(ids_, {rows, 1}));
     embed_binding_.BindInput("image_features", features_);
     embed_binding_.BindOutput("inputs_embeds", embeds_);
     binding_.BindInput("inputs_embeds", embeds_);
-    binding_.BindInput("position_ids", view(position_, {1, 1}));
+    binding_.BindInput("position_ids", view(positions_, {rows, 1}));
   }
 
-  const std::vector<float>& logits() const override { return logits_; }
-  std::int64_t length() const override { return length_; }
+  Logits logits(std::size_t row) const override {
+    std::size_t vocabulary = logits_.size / padding_.size();
+    return {logits_.data + row * vocabulary, vocabulary};
+  }
+  std::int64_t length(std::size_t row) const override { return length_ - padding_[row]; }
+  double graph_ms() const override { return graph_ms_; }
 
-  void step(std::int64_t token, std::int64_t position) override {
+  void step(const std::vector<std::int64_t>& tokens,
+            const std::vector<std::int64_t>& positions) override {
     guarded("ONNX Runtime refuses the cache", [&] {
-      id_[0] = token;
-      position_[0] = position;
-      embed_.run(embed_binding_);
+      graph_ms_ = 0;
+      // Into the memory that is bound.
+      std::copy(tokens.begin(), tokens.end(), ids_.begin());
+      std::copy(positions.begin(), positions.end(), positions_.begin());
+      run(embed_, embed_binding_);
       decode();
       ++length_;
+      read(logits_tensor_);
     });
   }
 
@@ -67,22 +78,45 @@ class OrtSequence : public Sequence {
   /// Runs decode on what is bound.
   virtual void decode() = 0;
 
+  void run(const OrtGraph& graph, const Ort::IoBinding& binding) {
+    Stopwatch watch;
+    graph.run(binding);
+    graph_ms_ += watch.lap();
+  }
+
+  /// 0 at the padding. A shared cache has none, its graph takes the sum of each row only.
   void bind_mask() {
+    auto rows = static_cast<std::int64_t>(padding_.size());
     std::int64_t total = length_ + 1;
-    if (static_cast<std::int64_t>(mask_.size()) < total) mask_.resize(total + kRoom, 1);
-    binding_.BindInput("attention_mask", view(mask_, {1, total}));
+    mask_.assign(static_cast<std::size_t>(rows * total), 1);
+    for (std::int64_t row = 0; row < rows; ++row)
+      std::fill_n(mask_.begin() + row * total, padding_[row], 0);
+    binding_.BindInput("attention_mask", view(mask_, {rows, total}));
+  }
+
+  /// Without a copy where they are float32.
+  void read(const Ort::Value& tensor) {
+    if (element_bytes(tensor) == sizeof(float)) {
+      logits_ = {tensor.GetTensorData<float>(),
+                 tensor.GetTensorTypeAndShapeInfo().GetElementCount()};
+      return;
+    }
+    read_floats(tensor, converted_);
+    logits_ = converted_;
   }
 
   const OrtGraph& embed_;
   const OrtGraph& decode_;
   Ort::IoBinding embed_binding_;
   Ort::IoBinding binding_;
-  Ort::Value features_, embeds_{nullptr}, logits_tensor_{nullptr};
-  std::vector<std::int64_t> id_, position_, mask_;
+  Ort::Value features_, embeds_{nullptr}, first_logits_{nullptr}, logits_tensor_{nullptr};
+  std::vector<std::int64_t> padding_, ids_, positions_, mask_;
   std::vector<std::string> present_;
   std::vector<Ort::Value> cache_;
-  std::vector<float> logits_;
-  std::int64_t length_ = 0;
+  Logits logits_{nullptr, 0};
+  std::vector<float> converted_;
+  std::int64_t length_ = 0;  // of the longest row
+  double graph_ms_ = 0;
 };
 
 class SharedSequence : public OrtSequence {
@@ -96,30 +130,34 @@ class SharedSequence : public OrtSequence {
   void decode() override {
     if (length_ == capacity_) grow();
     bind_mask();
-    decode_.run(binding_);
-    read_floats(logits_tensor_, logits_);
+    run(decode_, binding_);
   }
 
   void grow() {
     capacity_ += kRoom;
     for (std::size_t i = 0; i < cache_.size(); ++i) {
       Shape shape = shape_of(cache_[i]);
-      std::size_t row = element_bytes(cache_[i]) * shape[3];
-      std::size_t old_bytes = row * shape[2], new_bytes = row * capacity_;
+      std::size_t position = element_bytes(cache_[i]) * shape[3];
+      std::size_t old_bytes = position * shape[2], new_bytes = position * capacity_;
       std::string dtype = element_bytes(cache_[i]) == 2 ? "float16" : "float";
       Ort::Value grown = make_tensor(dtype, {shape[0], shape[1], capacity_, shape[3]});
       auto* from = static_cast<const char*>(cache_[i].GetTensorRawData());
       auto* to = static_cast<char*>(grown.GetTensorMutableRawData());
       for (std::int64_t head = 0; head < shape[0] * shape[1]; ++head) {
-        std::memcpy(to + head * new_bytes, from + head * old_bytes, row * length_);
-        std::memset(to + head * new_bytes + row * length_, 0, new_bytes - row * length_);
+        std::int64_t padding = padding_[head / shape[1]];
+        std::size_t bytes = position * (length_ - padding);
+        std::memcpy(to + head * new_bytes,
+                    from + head * old_bytes + (packed_ ? 0 : position * padding), bytes);
+        std::memset(to + head * new_bytes + bytes, 0, new_bytes - bytes);
       }
       binding_.BindInput(past_name(present_[i]).c_str(), grown);
       binding_.BindOutput(present_[i].c_str(), grown);
       cache_[i] = std::move(grown);
     }
+    packed_ = true;
   }
 
+  bool packed_ = false;  // each row's K and V are at the front of its buffer
   std::int64_t capacity_;
 };
 
@@ -137,10 +175,9 @@ class JoinedSequence : public OrtSequence {
       binding_.BindInput(past_name(present_[i]).c_str(), cache_[i]);
       binding_.BindOutput(present_[i].c_str(), memory);
     }
-    decode_.run(binding_);
+    run(decode_, binding_);
     std::vector<Ort::Value> outputs = binding_.GetOutputValues();
     for (std::size_t i = 0; i < cache_.size(); ++i) cache_[i] = std::move(outputs[i + 1]);
-    read_floats(logits_tensor_, logits_);
   }
 };
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <vector>
 
 namespace skipvision {
 
@@ -20,10 +21,10 @@ Sampler::Sampler(const GenerateOptions& options)
     throw Error("top_p is " + std::to_string(options.top_p) + ", expected over 0 and at most 1");
 }
 
-std::int64_t Sampler::operator()(const std::vector<float>& logits) {
+std::int64_t Sampler::operator()(Logits logits) {
   auto likeliest = std::max_element(logits.begin(), logits.end());
   if (temperature_ == 0) return likeliest - logits.begin();
-  std::vector<std::int64_t> order(logits.size());
+  std::vector<std::int64_t> order(logits.size);
   std::iota(order.begin(), order.end(), 0);
   auto likelier = [&](std::int64_t a, std::int64_t b) {
     return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;

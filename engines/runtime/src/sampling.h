@@ -2,8 +2,8 @@
 
 #include <cstdint>
 #include <random>
-#include <vector>
 
+#include "logits.h"
 #include "skipvision/skipvision.h"
 
 namespace skipvision {
@@ -14,7 +14,7 @@ class Sampler {
   /// Throws Error for options out of their range.
   explicit Sampler(const GenerateOptions& options);
   /// The index of the chosen logit; of equal ones the first is the likeliest, as numpy's argmax.
-  std::int64_t operator()(const std::vector<float>& logits);
+  std::int64_t operator()(Logits logits);
 
  private:
   double temperature_;

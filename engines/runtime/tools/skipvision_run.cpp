@@ -13,6 +13,8 @@ namespace {
 using nlohmann::json;
 
 struct Arguments {
+  Arguments() { options.max_batch = 1; }  // a line is answered before the next one is read
+
   std::string bundle, image, prompt, json_file;
   bool bench = false, no_hashes = false;
   int rounds = 10;
@@ -51,7 +53,7 @@ json to_json(const skipvision::Answer& answer) {
 /// Medians over rounds, after one that is not counted.
 json bench(const skipvision::Bundle& bundle, const skipvision::Picture& picture,
            const Arguments& arguments) {
-  std::vector<double> prepare, first, steps;
+  std::vector<double> prepare, first, steps, outside;
   int tokens = 0;
   for (int round = 0; round <= arguments.rounds; ++round) {
     auto answer = bundle.generate(picture, arguments.prompt, arguments.options);
@@ -60,11 +62,13 @@ json bench(const skipvision::Bundle& bundle, const skipvision::Picture& picture,
     prepare.push_back(s.prepare_ms);
     first.push_back(s.ttft_ms);
     steps.insert(steps.end(), s.decode_ms.begin(), s.decode_ms.end());
+    outside.insert(outside.end(), s.outside_ms.begin(), s.outside_ms.end());
     tokens = static_cast<int>(answer.token_ids.size());
   }
   return {{"rounds", arguments.rounds},           {"new_tokens", tokens},
           {"prepare_ms", median(prepare)},        {"ttft_ms", median(first)},
-          {"decode_ms_per_token", median(steps)}, {"peak_rss_mb", peak_rss_mb()}};
+          {"decode_ms_per_token", median(steps)}, {"outside_ms_per_token", median(outside)},
+          {"peak_rss_mb", peak_rss_mb()}};
 }
 
 void write_json(const std::string& file, const json& data) {
@@ -74,18 +78,26 @@ void write_json(const std::string& file, const json& data) {
   if (!stream.flush()) throw skipvision::Error(file + " cannot be written");
 }
 
-/// Requests as lines {"image": FILE, "prompt": TEXT}, answers as lines of JSON.
+/// Requests as lines {"image": FILE, "prompt": TEXT}, answers as lines of JSON; `max_batch` lines
+/// are read, then answered together.
 void serve_lines(const skipvision::Bundle& bundle, const Arguments& arguments) {
+  std::vector<skipvision::Request> requests;
+  auto answer = [&] {
+    for (const auto& done : bundle.generate(requests, arguments.options))
+      std::cout << to_json(done).dump() << std::endl;
+    requests.clear();
+  };
   std::string line;
   for (int number = 1; std::getline(std::cin, line); ++number) {
     json request = json::parse(line, nullptr, false);
     if (!request.is_object() || !request["image"].is_string() || !request["prompt"].is_string())
       throw skipvision::Error("line " + std::to_string(number) +
                               " is no {\"image\": FILE, \"prompt\": TEXT}");
-    auto picture = skipvision::Picture::open(request["image"].get<std::string>());
-    auto answer = bundle.generate(picture, request["prompt"].get<std::string>(), arguments.options);
-    std::cout << to_json(answer).dump() << std::endl;
+    requests.push_back({skipvision::Picture::open(request["image"].get<std::string>()),
+                        request["prompt"].get<std::string>()});
+    if (static_cast<int>(requests.size()) >= arguments.options.max_batch) answer();
   }
+  answer();
 }
 
 void run(Arguments& arguments, bool lines) {
@@ -123,6 +135,7 @@ int main(int argc, char** argv) {
   app.add_option("--top-k", arguments.options.top_k, "Of the K likeliest tokens; 0 for all");
   app.add_option("--top-p", arguments.options.top_p, "Of the likeliest that reach P");
   app.add_option("--seed", arguments.options.seed, "Of the sampling");
+  app.add_option("--batch", arguments.options.max_batch, "Requests of --lines that run together");
   app.add_option("--threads", arguments.bundle_options.threads, "0 lets ONNX Runtime choose");
   app.add_option("--json", arguments.json_file, "Write the result to this file");
   app.add_option("--rounds", arguments.rounds, "Timed rounds of --bench")

@@ -53,9 +53,11 @@ struct GenerateOptions {
   double top_p = 1;
   /// The same seed, prompt and options give the same answer on the same machine.
   std::uint64_t seed = 0;
+  /// Requests that run together where several are given; more of them wait for their turn.
+  int max_batch = 8;
 };
 
-/// What one generation did; times in milliseconds.
+/// What one generation did; times in milliseconds, in a batch those of all of it.
 struct Statistics {
   int prompt_tokens = 0;
   int retained_tokens = 0;
@@ -68,6 +70,9 @@ struct Statistics {
   /// Of each decode step, and their median (0 where there was none).
   std::vector<double> decode_ms;
   double decode_ms_per_token = 0;
+  /// For each decode step, what the loop spent outside of the graphs: choosing the token before it,
+  /// the text and its callback, handing tensors over.
+  std::vector<double> outside_ms;
 };
 
 struct Answer {
@@ -100,7 +105,8 @@ class Bundle {
   Answer generate(const Picture& picture, std::string_view prompt,
                   const GenerateOptions& options = {}, const TokenCallback& on_text = {}) const;
 
-  /// Answers one request after the other.
+  /// Answers requests together, `max_batch` at a time: one prefill, and one decode step for the
+  /// next token of all. Each answer has the ids that it has alone, but for ties within rounding.
   std::vector<Answer> generate(const std::vector<Request>& requests,
                                const GenerateOptions& options = {}) const;
 
