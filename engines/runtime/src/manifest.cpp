@@ -127,7 +127,8 @@ Manifest Manifest::parse(const Document& document) {
   for (const char* group : {"graphs", "variants"}) {
     if (!root.has(group)) continue;
     for (const auto& [name, graph] : root.at(group).members())
-      manifest.graphs[name] = {inside_path(graph.at("file"), graph.at("file").text()), read_tensors(graph.at("inputs")), read_tensors(graph.at("outputs"))};
+      manifest.graphs[name] = {inside_path(graph.at("file"), graph.at("file").text()),
+                               read_tensors(graph.at("inputs")), read_tensors(graph.at("outputs"))};
   }
   for (const auto& [name, info] : root.at("files").members()) {
     inside_path(info, name);
@@ -137,8 +138,7 @@ Manifest Manifest::parse(const Document& document) {
 }
 
 void Manifest::verify(const std::filesystem::path& folder, bool hashes) const {
-  for (const auto& [file_name, info] : files)
-    verify_file(folder / file_name, info, hashes, kAgain);
+  for (const auto& [file_name, info] : files) verify_file(folder / file_name, info, hashes, kAgain);
 }
 
 const GraphInfo& Manifest::graph(const std::string& graph_name) const {

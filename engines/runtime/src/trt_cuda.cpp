@@ -61,8 +61,8 @@ void Buffer::reserve(std::size_t bytes) {
   release();
   void* data = nullptr;
   bool device = place_ == Place::kDevice;
-  std::string what = (device ? "cudaMalloc of " : "cudaMallocHost of ") + std::to_string(size) +
-                     " bytes";
+  std::string what =
+      (device ? "cudaMalloc of " : "cudaMallocHost of ") + std::to_string(size) + " bytes";
   check(device ? cudaMalloc(&data, size) : cudaMallocHost(&data, size), what.c_str());
   data_ = static_cast<std::byte*>(data);
   bytes_ = size;

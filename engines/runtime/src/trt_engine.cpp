@@ -48,13 +48,16 @@ nvinfer1::Dims to_dims(const Sizes& sizes) {
 void check_plugin(const std::filesystem::path& file) {
   std::error_code ignored;
   if (!std::filesystem::is_regular_file(file, ignored))
-    throw Error("the engines need the KVPrune plugin, and " + file.string() +
-                " is no file; build it from plugins/kv_prune and give it as plugin, or put it there");
-  std::unique_ptr<void, int (*)(void*)> library(dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL),
-                                                [](void* open) { return open ? dlclose(open) : 0; });
-  auto version = library ? reinterpret_cast<const char* (*)()>(
-                               dlsym(library.get(), "skipvision_kv_prune_version"))
-                         : nullptr;
+    throw Error(
+        "the engines need the KVPrune plugin, and " + file.string() +
+        " is no file; build it from plugins/kv_prune and give it as plugin, or put it there");
+  std::unique_ptr<void, int (*)(void*)> library(
+      dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL),
+      [](void* open) { return open ? dlclose(open) : 0; });
+  auto version =
+      library
+          ? reinterpret_cast<const char* (*)()>(dlsym(library.get(), "skipvision_kv_prune_version"))
+          : nullptr;
   if (!version) throw Error(file.string() + " is no KVPrune plugin library");
   std::string found = version();
   found = found.substr(0, found.find(' '));
@@ -175,7 +178,8 @@ void Execution::set_inputs(const std::vector<TrtInput>& inputs, cudaStream_t str
   profile_ = profile;
   for (const TrtInput& input : inputs) {
     const char* name = input.name.c_str();
-    accepted(context_->setInputShape(name, to_dims(input.sizes)), "refuses the shape of " + input.name);
+    accepted(context_->setInputShape(name, to_dims(input.sizes)),
+             "refuses the shape of " + input.name);
     void* place = engine_.engine->isShapeInferenceIO(name) ? input.host : input.device;
     accepted(context_->setTensorAddress(name, place), "refuses the memory of " + input.name);
   }
@@ -195,7 +199,8 @@ Sizes Execution::output_sizes(const std::string& name) const {
 Sizes Execution::set_output(const std::string& name, cuda::Buffer& buffer) {
   Sizes sizes = output_sizes(name);
   buffer.reserve(count_of(sizes) * bytes_of(info().dtype(name)));
-  accepted(context_->setTensorAddress(name.c_str(), buffer.data()), "refuses the memory of " + name);
+  accepted(context_->setTensorAddress(name.c_str(), buffer.data()),
+           "refuses the memory of " + name);
   return sizes;
 }
 

@@ -82,6 +82,7 @@ class Execution {
   bool try_enqueue(cudaStream_t stream) { return context_->enqueueV3(stream); }
   void enqueue(cudaStream_t stream);
   const EngineInfo& info() const { return engine_.info; }
+  const TrtLog& log() const { return engine_.log; }
 
  private:
   void accepted(bool took, const std::string& what) const;

@@ -74,24 +74,26 @@ void Upload::send(cudaStream_t stream) const {
 void Download::fetch(const cuda::Buffer& logits, const Sizes& sizes, const std::string& dtype,
                      cudaStream_t stream) {
   if (sizes.size() != 3 || count_of(sizes) == 0)
-    throw Error("an engine's logits are not [1, positions, vocab]; build again");
+    throw Error("an engine's logits are not [batch, positions, vocab]; build again");
   dtype_ = dtype;
-  count_ = static_cast<std::size_t>(sizes[2]);
-  std::size_t bytes = count_ * bytes_of(dtype);
-  host_.reserve(bytes);
-  const std::byte* last = logits.data() + count_of(sizes) * bytes_of(dtype) - bytes;
-  cuda::check(cudaMemcpyAsync(host_.data(), last, bytes, cudaMemcpyDeviceToHost, stream),
+  vocabulary_ = static_cast<std::size_t>(sizes[2]);
+  auto rows = static_cast<std::size_t>(sizes[0]), positions = static_cast<std::size_t>(sizes[1]);
+  std::size_t bytes = vocabulary_ * bytes_of(dtype);
+  host_.reserve(rows * bytes);
+  cuda::check(cudaMemcpy2DAsync(host_.data(), bytes, logits.data() + (positions - 1) * bytes,
+                                positions * bytes, bytes, rows, cudaMemcpyDeviceToHost, stream),
               "copy of the logits");
 }
 
-void Download::read(std::vector<float>& values) const {
-  values.resize(count_);
+Logits Download::read(std::size_t row, std::vector<float>& values) const {
+  const std::byte* data = host_.data() + row * vocabulary_ * bytes_of(dtype_);
+  if (dtype_ == "float") return {reinterpret_cast<const float*>(data), vocabulary_};
+  values.resize(vocabulary_);
   if (dtype_ == "half")
-    widen<Ort::Float16_t>(host_.data(), values);
-  else if (dtype_ == "bf16")
-    widen<Ort::BFloat16_t>(host_.data(), values);
+    widen<Ort::Float16_t>(data, values);
   else
-    std::memcpy(values.data(), host_.data(), count_ * sizeof(float));
+    widen<Ort::BFloat16_t>(data, values);
+  return values;
 }
 
 Lane::Lane(const TrtEngines& engines)

@@ -3,8 +3,10 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "logits.h"
 #include "trt_cuda.h"
 #include "trt_engine.h"
 
@@ -33,18 +35,18 @@ class Upload {
   std::size_t bytes_ = 0;
 };
 
-/// The scores of the last position, from the device.
+/// The scores of each row's last position, from the device.
 class Download {
  public:
-  /// Copies the last position of logits [1, S, vocab].
+  /// Copies them from logits [rows, S, vocab].
   void fetch(const cuda::Buffer& logits, const Sizes& sizes, const std::string& dtype,
              cudaStream_t stream);
-  /// As floats, once the stream has been waited for.
-  void read(std::vector<float>& values) const;
+  /// Once the stream has been waited for; `values` is room for those that are no floats.
+  Logits read(std::size_t row, std::vector<float>& values) const;
 
  private:
   cuda::Buffer host_{cuda::Buffer::Place::kHost};
-  std::size_t count_ = 0;
+  std::size_t vocabulary_ = 0;
   std::string dtype_;
 };
 
@@ -68,12 +70,13 @@ struct Lane {
   Execution embed_token, decode;
   Upload prompt, token;
   Download scores;
-  cuda::Buffer features, prompt_embeds, token_embeds, prompt_logits, logits;
+  cuda::Buffer features, prompt_embeds, prompt_logits, token_embeds, logits;
   std::vector<CacheNames> cache;
   std::vector<cuda::Buffer> past, present;
 
-  // What the decode contexts are set to: places and the past's positions.
+  // What decode's contexts are set to: rows, the past's positions, and places.
   std::vector<const void*> bound;
+  std::vector<TrtInput> token_inputs;  // ids, no picture, positions, mask
   cuda::Graph graph;
   int runs = 0;  // since they were set
   bool can_capture = true;

@@ -102,7 +102,8 @@ int EngineInfo::choose_profile(const std::map<std::string, Sizes>& shapes) const
                   text(range->second.low) + ", " + text(range->second.high) +
                   "] in every profile; build with a recipe whose profiles hold it");
   }
-  throw Error(graph + ": no profile holds all inputs' shapes; build with a recipe of one that does");
+  throw Error(graph +
+              ": no profile holds all inputs' shapes; build with a recipe of one that does");
 }
 
 std::int64_t EngineInfo::largest(const std::string& input, std::size_t axis) const {
