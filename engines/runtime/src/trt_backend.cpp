@@ -149,7 +149,7 @@ std::unique_ptr<Sequence> TrtBackend::prefill(const std::vector<ModelInput>& inp
                         batch.kept,
                         std::move(batch.padding),
                         logits,
-                        {0, manifest_.visual_tokens, manifest_.hidden_size}},
+                        {0, manifest_.layout.total(), manifest_.hidden_size}},
                        cuda_graphs_);
 }
 

@@ -1,0 +1,411 @@
+"""The C++ runtime's TensorRT backend, as far as a machine without a GPU shows it.
+
+Real: TensorRT's headers, and where it is at hand its library, which finds no GPU. The answers come from
+stand-ins for TensorRT and CUDA (tensorrt_double.py) that run the bundle's graphs in ONNX Runtime: they prove
+the host's logic and say nothing about TensorRT.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import EXAMPLE
+from cpp_build import SOURCE, ask, call, configure_and_build, need_tools, wheel_library
+from tensorrt_double import build_double, cuda_headers, tensorrt_headers, version, write_engines
+
+from skipvision_export.config import SkipVisionConfig
+
+PICTURE = EXAMPLE / "test" / "000.png"
+QUESTIONS = [json.loads(line) for line in (EXAMPLE / "test" / "metadata.jsonl").open()]
+QUESTION = QUESTIONS[0]["question"]
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+TWO_PROFILES = """
+[[profiles]]
+text = [1, 64, 90]
+new_tokens = 30
+[[profiles]]
+text = [1, 64, 200]
+new_tokens = 250
+"""
+
+
+@pytest.fixture(scope="session")
+def headers():
+    need_tools()
+    cuda_headers()
+    return tensorrt_headers()
+
+
+@pytest.fixture(scope="session")
+def library(headers, tmp_path_factory):
+    return wheel_library(tmp_path_factory.mktemp("cpp_tensorrt") / "lib")
+
+
+def tensorrt_options(headers, nvinfer, cudart):
+    return (
+        "-GUnix Makefiles",
+        "-DSKIPVISION_TENSORRT=ON",
+        f"-DTensorRT_ROOT={headers.parent}",
+        f"-DTensorRT_LIBRARY={nvinfer}",
+        f"-DTensorRT_CUDA_LIBRARY={cudart}",
+    )
+
+
+@pytest.fixture(scope="session")
+def build(headers, library):
+    """Against the stand-ins, all of it under ASan and UBSan."""
+    folder = library.parent.parent
+    double = build_double(folder / "double", headers, library, *SANITIZERS)
+    options = ("-DCMAKE_BUILD_TYPE=None", "-DSKIPVISION_SANITIZE=address,undefined")
+    options += ("-DCMAKE_CXX_FLAGS=-O0", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON")
+    return configure_and_build(
+        folder / "build",
+        library,
+        *options,
+        *tensorrt_options(headers, *double),
+        targets=("skipvision-run", "skipvision-probe"),
+    )
+
+
+@pytest.fixture(scope="session")
+def probe(build):
+    return build / "tests" / "skipvision-probe"
+
+
+@pytest.fixture(scope="session")
+def bundles(example_in, trained, traced, tmp_path_factory):
+    """Bundles by name: quarter, float16, dense, strict, and endless, whose model never ends."""
+    root = tmp_path_factory.mktemp("cpp_tensorrt_bundles")
+    strict = SkipVisionConfig(**(SkipVisionConfig.preset("quarter").to_json() | {"strict": True}))
+    endless = traced.write(root / "endless", SkipVisionConfig.preset("skip-75")).folder
+    never_ends(endless)
+    return {
+        "quarter": example_in("float32"),
+        "float16": example_in("float16"),
+        "dense": trained.write(root / "dense", SkipVisionConfig.dense()).folder,
+        "strict": trained.write(root / "strict", strict).folder,
+        "endless": endless,
+    }
+
+
+def never_ends(folder):
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 279}))
+    manifest = json.loads((folder / "skipvision.json").read_text())
+    manifest["files"][file.name]["bytes"] = file.stat().st_size  # checked in any case
+    (folder / "skipvision.json").write_text(json.dumps(manifest))
+
+
+@pytest.fixture(scope="session")
+def engines(bundles, headers, tmp_path_factory):
+    """`engines(name, recipe)`: a folder of engines of a bundle, for the stand-in."""
+    root = tmp_path_factory.mktemp("cpp_tensorrt_engines")
+
+    def make(name, recipe="", **options):
+        out = root / str(len(list(root.iterdir())))
+        return write_engines(bundles[name], out, version(headers), recipe, **options)
+
+    return make
+
+
+def run(program, *arguments, words="", report="", **options):
+    environment = os.environ | {"CUDA_DOUBLE": words, "CUDA_DOUBLE_REPORT": str(report)}
+    command = [str(part) for part in (program, *arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
+
+
+def answers(program, bundle, *arguments, n=12, **options):
+    """Of the first n held-out questions, without their times."""
+    lines = "\n".join(
+        json.dumps({"image": str(EXAMPLE / "test" / q["file_name"]), "prompt": q["question"]})
+        for q in QUESTIONS[:n]
+    )
+    done = run(program, bundle, "--lines", "--no-hashes", *arguments, input=lines, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == n
+    return [{key: value for key, value in each.items() if not key.endswith(("_ms", "_token"))} for each in found]
+
+
+@pytest.mark.parametrize("how", ["--no-cuda-graphs", "graphs"])
+@pytest.mark.parametrize("kind", ["quarter", "dense", "strict", "float16"])
+def test_answers_are_onnx_runtimes(kind, how, build, bundles, engines):
+    program = build / "skipvision-run"
+    arguments = () if how == "graphs" else (how,)
+    expected = answers(program, bundles[kind])
+    assert answers(program, bundles[kind], "--engines", engines(kind), *arguments) == expected
+
+
+LONG = ("--max-new-tokens", 150)
+
+
+@pytest.fixture(scope="session")
+def long_answers(build, bundles):
+    return answers(build / "skipvision-run", bundles["endless"], *LONG, n=3)
+
+
+@pytest.mark.parametrize(
+    ("how", "words", "captures"), [("--no-cuda-graphs", "", 0), ("", "", 6), ("", "no-capture", 0)]
+)
+def test_long_answers(how, words, captures, build, bundles, engines, long_answers, tmp_path):
+    """Through each size of the cache; a graph for each, only logits come back to the host."""
+    arguments = (*LONG, "--engines", engines("endless"), *filter(None, [how]))
+    program, bundle = build / "skipvision-run", bundles["endless"]
+    found = answers(program, bundle, *arguments, n=3, words=words, report=tmp_path / "report")
+    assert found == long_answers
+    report = json.loads((tmp_path / "report").read_text())
+    assert report["captures"] == captures
+    vocabulary = json.loads((bundle / "skipvision.json").read_text())["model"]["vocab_size"]
+    assert report["to_host_bytes"] == 3 * 150 * vocabulary * 4
+    # Of 149 steps after prefill, two for each size of the cache are launched one by one.
+    assert report["launches"] == (3 * 149 - captures if captures else 0)
+
+
+def test_several_profiles(build, bundles, engines, long_answers):
+    arguments = (*LONG, "--engines", engines("endless", TWO_PROFILES))
+    for how in ((), ("--no-cuda-graphs",)):
+        found = answers(build / "skipvision-run", bundles["endless"], *arguments, *how, n=3)
+        assert found == long_answers
+
+
+@pytest.mark.parametrize("how", ["--no-cuda-graphs", ""])
+def test_batches(how, build, bundles, engines, long_answers):
+    """Three together, and three of at most two."""
+    for most in (4, 2):
+        folder = engines("endless", f"[[profiles]]\nbatch = [1, 2, {most}]")
+        arguments = (*LONG, "--batch", 4, "--engines", folder, *filter(None, [how]))
+        assert answers(build / "skipvision-run", bundles["endless"], *arguments, n=3) == long_answers
+
+
+def test_two_threads(bundles, engines, probe):
+    prompts = [q["question"] for q in QUESTIONS[:8]]
+    request = {"bundle": str(bundles["quarter"]), "image": str(PICTURE), "prompts": prompts}
+    expected = ask(probe, "threads", **request)
+    assert ask(probe, "threads", engines=str(engines("quarter")), **request) == expected
+    assert expected[0] == expected[1]
+
+
+def test_sequences_at_once(bundles, engines, probe):
+    """One sequence within the steps of another."""
+    request = {"bundle": str(bundles["endless"]), "image": str(PICTURE), "prompts": ["a", "which one?"]}
+    texts = ask(probe, "nested", engines=str(engines("endless")), **request)
+    assert texts[:2] == texts[2:] == ask(probe, "nested", **request)[:2]
+    assert texts[0] != texts[1]
+
+
+# Of a source file: what is there, and what is there in the broken twin.
+TWINS = {
+    "position of the cache": (
+        "trt_sequence.cpp",
+        "std::copy(positions.begin(), positions.end(), static_cast<std::int64_t*>(inputs[2].host));",
+        "*static_cast<std::int64_t*>(inputs[2].host) = length_ + 0 * positions[0];",
+    ),
+    "one buffer": ("trt_sequence.cpp", "std::swap(lane_.past, lane_.present);\n      ++pitch_", "++pitch_"),
+    "row beside its place": ("trt_sequence.cpp", "bytes * length_, pitch_,", "bytes * (length_ - 1), pitch_,"),
+    "free positions seen": ("trt_sequence.cpp", "mask + length_, mask + pitch_, 0", "mask + length_, mask + pitch_, 1"),
+    "free positions not zeroed": ("trt_sequence.cpp", "data(), 0, bytes, lane_", "data(), 0, 0 * bytes, lane_"),
+    "old graph": ("trt_sequence.cpp", "lane_.graph.reset();\n    lane_.runs = 0;", "lane_.runs = 0;"),
+    "capture at once": ("trt_sequence.cpp", "lane_.runs > 0", "lane_.runs >= 0"),
+    "inputs in turn": ("trt_sequence.cpp", "    lane_.stream.wait();\n    graph_ms_", "    graph_ms_"),
+    "one lane for all": ("trt_backend.cpp", "  lanes_.pop_back();\n", "  lanes_.back().reset(lane.get());\n"),
+}
+
+
+def twin_of(build, folder, name):
+    """The program, with one file compiled from a broken copy."""
+    source, right, wrong = TWINS[name]
+    text = (SOURCE / "src" / source).read_text()
+    assert text.count(right) == 1, right
+    broken, result = folder / source, folder / "twin.o"
+    broken.write_text(text.replace(right, wrong))
+    entries = json.loads((build / "compile_commands.json").read_text())
+    entry = next(e for e in entries if Path(e["file"]).name == source)
+    command = shlex.split(entry["command"])
+    command[command.index("-o") + 1], command[command.index("-c") + 1] = result, broken
+    call(*command, cwd=entry["directory"])
+    link = shlex.split((build / "CMakeFiles" / "skipvision-run.dir" / "link.txt").read_text())
+    link[link.index("-o") + 1] = str(folder / "twin")
+    # Before the library, which then has nothing to add of this file.
+    call(*link[:1], result, *link[1:], cwd=build)
+    return folder / "twin"
+
+
+@pytest.mark.parametrize("name", [name for name in TWINS if name != "one lane for all"])
+def test_a_broken_twin_is_caught(name, build, bundles, engines, long_answers, tmp_path):
+    program = twin_of(build, tmp_path, name)
+    wrong = False
+    for how in ((), ("--no-cuda-graphs",)):
+        try:
+            found = answers(
+                program, bundles["endless"], *LONG, "--engines", engines("endless"), *how, n=3
+            )
+        except AssertionError:
+            found = None
+        wrong = wrong or found != long_answers
+    assert wrong
+
+
+def one_line(done, part):
+    assert done.returncode == 2, (done.returncode, done.stderr[-3000:])
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert part in done.stderr
+    assert done.stdout == ""
+
+
+def alter(folder, change):
+    manifest = json.loads((folder / "engines.json").read_text())
+    change(manifest)
+    (folder / "engines.json").write_text(json.dumps(manifest))
+
+
+def rewrite(folder, data, hashed=False):
+    """Another decode engine, in the manifest too if `hashed`."""
+    import hashlib
+
+    file = folder / "decoder_decode.engine"
+    size = file.stat().st_size
+    file.write_bytes(data[:size].ljust(size))
+    if hashed:
+        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        alter(folder, lambda m: m["engines"]["decoder_decode"].update(sha256=sha256))
+
+
+DECODE = "decoder_decode.engine"
+DAMAGES = {
+    "no manifest": (lambda e: (e / "engines.json").unlink(), "holds no engines"),
+    "truncated manifest": (
+        lambda e: (e / "engines.json").write_text((e / "engines.json").read_text()[:200]),
+        "truncated or no JSON; build again",
+    ),
+    "newer schema": (lambda e: alter(e, lambda m: m.update(schema_version=9)), "schema_version: is 9"),
+    "missing field": (lambda e: alter(e, lambda m: m.pop("route")), "route: is missing"),
+    "route of the other product": (
+        lambda e: alter(e, lambda m: m.update(route="trt-rtx")),
+        "route: is trt-rtx: TensorRT-RTX's engines need its own runtime",
+    ),
+    "unknown route": (lambda e: alter(e, lambda m: m.update(route="x")), "expected tensorrt"),
+    "another bundle": (
+        lambda e: alter(e, lambda m: m["bundle"].update(sha256="0" * 64)),
+        "bundle.sha256: the engines were built from another bundle",
+    ),
+    "missing graph": (lambda e: alter(e, lambda m: m["engines"].pop("embed_tokens")), "engines.embed_tokens"),
+    "no profile": (
+        lambda e: alter(e, lambda m: m["engines"]["decoder_decode"].update(profiles=[])),
+        "engines.decoder_decode.profiles: has no profile",
+    ),
+    "missing input": (
+        lambda e: alter(e, lambda m: m["engines"]["decoder_decode"]["profiles"][0].pop("position_ids")),
+        "has no shapes of position_ids",
+    ),
+    "outside path": (
+        lambda e: alter(e, lambda m: m["engines"]["embed_tokens"].update(file="../x.engine")),
+        "engines.embed_tokens.file",
+    ),
+    "another version": (
+        lambda e: alter(e, lambda m: m["engines"]["embed_tokens"].update(builder_version="10.2.1")),
+        "was built with TensorRT 10.2.1",
+    ),
+    "missing engine": (lambda e: (e / DECODE).unlink(), f"{DECODE} is missing; build again"),
+    "truncated engine": (
+        lambda e: (e / DECODE).write_bytes((e / DECODE).read_bytes()[:100]),
+        "truncated: 100 bytes",
+    ),
+    "altered engine": (lambda e: rewrite(e, b"x"), "its sha256 is not the manifest's; build again"),
+    "no engine": (lambda e: rewrite(e, b"x", hashed=True), "cannot be loaded by TensorRT"),
+}
+
+
+def asks(bundle, folder, *arguments):
+    return (bundle, "--engines", folder, "--image", PICTURE, "--prompt", QUESTION, *arguments)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_one_line(damage, build, bundles, engines, tmp_path):
+    change, part = DAMAGES[damage]
+    folder = shutil.copytree(engines("quarter"), tmp_path / "engines")
+    change(folder)
+    one_line(run(build / "skipvision-run", *asks(bundles["quarter"], folder)), part)
+
+
+def test_what_fits_no_profile_is_one_line(build, bundles, engines):
+    folder = engines("quarter", "[[profiles]]\ntext = [1, 8, 9]\nprompt = [1, 30, 31]\nkept = [1, 20, 31]")
+    done = run(build / "skipvision-run", *asks(bundles["quarter"], folder))
+    one_line(done, "input_ids [1, ")
+    assert "is outside [[1, 1], [1, 31]] in every profile" in done.stderr
+
+
+def test_an_answer_beyond_every_profile_is_one_line(build, bundles, engines):
+    folder = engines("endless", "[[profiles]]\ntext = [1, 64, 90]\nnew_tokens = 5")
+    done = run(build / "skipvision-run", *asks(bundles["endless"], folder, *LONG, "--no-hashes"))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "attention_mask" in done.stderr and "in every profile" in done.stderr
+
+
+def test_no_gpu(build, bundles, engines):
+    done = run(build / "skipvision-run", *asks(bundles["quarter"], engines("quarter")), words="no-device")
+    one_line(done, "no NVIDIA GPU here (no CUDA-capable device is detected)")
+
+
+@pytest.fixture(scope="session")
+def plugins(headers, tmp_path_factory):
+    """Libraries that pass for the plugin, or for none, by name."""
+    folder = tmp_path_factory.mktemp("cpp_tensorrt_plugins")
+    function = 'extern "C" const char* skipvision_kv_prune_version() {{ return "{} (skipvision-export)"; }}\n'
+    creators = 'extern "C" void* getCreators(int*) { return nullptr; }\n'
+    sources = {
+        "good": function.format(1) + creators,
+        "older": function.format(0) + creators,
+        "refused": function.format(1),
+        "another": "int nothing;\n",
+    }
+    for name, source in sources.items():
+        (folder / f"{name}.cpp").write_text(source)
+        call("c++", "-shared", "-fPIC", folder / f"{name}.cpp", "-o", folder / f"{name}.so")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("missing", "missing.so is no file; build it from plugins/kv_prune"),
+        ("another", "is no KVPrune plugin library"),
+        ("older", "holds version 0 of KVPrune, expected 1"),
+        ("refused", "TensorRT did not take KVPrune"),
+    ],
+)
+def test_a_wrong_plugin_is_one_line(name, part, build, bundles, engines, plugins):
+    folder = engines("quarter", plugin=True)
+    arguments = asks(bundles["quarter"], folder, "--plugin", plugins / f"{name}.so")
+    one_line(run(build / "skipvision-run", *arguments), part)
+
+
+def test_the_plugin(build, bundles, engines, plugins):
+    folder, program = engines("quarter", plugin=True), build / "skipvision-run"
+    expected = answers(program, bundles["quarter"], n=2)
+    arguments = ("--engines", folder, "--plugin", plugins / "good.so")
+    assert answers(program, bundles["quarter"], *arguments, n=2) == expected
+    one_line(run(program, *asks(bundles["quarter"], folder)), "libskipvision_kv_prune.so is no file")
+    shutil.copy(plugins / "good.so", folder / "libskipvision_kv_prune.so")
+    assert answers(program, bundles["quarter"], *arguments[:2], n=2) == expected
+
+
+def test_the_real_library_finds_no_gpu(headers, library, bundles, engines, tmp_path):
+    """Linked with NVIDIA's own libraries, which must not be touched where there is no GPU."""
+    folders = [headers.parent / "lib", *map(Path, filter(None, [os.environ.get("SKIPVISION_NVINFER_FOLDER")]))]
+    found = [file for folder in folders for file in sorted(folder.glob("libnvinfer*.so.1?"))]
+    found = [file for file in found if file.name.startswith(("libnvinfer.so", "libnvinfer_lean.so"))]
+    if not found:
+        pytest.skip("set SKIPVISION_NVINFER_FOLDER to a folder with libnvinfer_lean.so or libnvinfer.so")
+    cudart = cuda_headers().parent / "lib64" / "libcudart.so"
+    if not cudart.exists():
+        pytest.skip(f"needs {cudart}")
+    options = tensorrt_options(headers, found[0], cudart)
+    build = configure_and_build(tmp_path / "build", library, *options, targets=("skipvision-run",))
+    done = run(build / "skipvision-run", *asks(bundles["quarter"], engines("quarter")))
+    if done.returncode == 0 or "no NVIDIA GPU here" not in done.stderr:
+        pytest.skip("there is a GPU here")
+    one_line(done, "no NVIDIA GPU here")
