@@ -92,9 +92,7 @@ def build_double(folder: Path, headers: Path, onnxruntime: Path, *flags: str) ->
     libraries = [folder / "libcudart.so", onnxruntime, f"-Wl,-rpath,{folder}:{onnxruntime.parent}", "-ldl"]
     # Names of arguments that no stub uses, and a test's own copy of deprecated functions.
     quiet = ["-Wno-unused-parameter", "-Wno-deprecated-declarations", "-Wno-overloaded-virtual"]
-    call(
-        *common, *quiet, *includes, double / "nvinfer.cpp", *libraries, "-o", folder / "libnvinfer.so"
-    )
+    call(*common, *quiet, *includes, double / "nvinfer.cpp", *libraries, "-o", folder / "libnvinfer.so")
     return folder / "libnvinfer.so", folder / "libcudart.so"
 
 

@@ -63,7 +63,6 @@ struct CacheNames {
 struct Lane {
   explicit Lane(const TrtEngines& engines);
 
-  cuda::Stream stream;
   cuda::Buffer scratch;
   Execution vision, embed, prefill;
   // Of decode. The embeddings have a second context for it: a graph holds for one shape.
@@ -81,6 +80,7 @@ struct Lane {
   int runs = 0;  // since they were set
   bool can_capture = true;
   bool healthy = true;
+  cuda::Stream stream;  // last: it waits for its work, then the memory may go
 };
 
 }  // namespace skipvision
