@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +153,42 @@ def _tensors(tensors: Any) -> list[EngineTensor]:
         )
         for t in tensors
     ]
+
+
+def never_ends(folder: Path) -> None:
+    """Give a bundle an end token that does not come; its hashes are no longer right."""
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 279}))
+    manifest = json.loads((folder / "skipvision.json").read_text())
+    manifest["files"][file.name]["bytes"] = file.stat().st_size  # checked in any case
+    (folder / "skipvision.json").write_text(json.dumps(manifest))
+
+
+def tensorrt_options(headers: Path, nvinfer: Path, cudart: Path) -> tuple[str, ...]:
+    """Options of CMake that build the backend against these."""
+    return (
+        "-GUnix Makefiles",
+        "-DSKIPVISION_TENSORRT=ON",
+        f"-DTensorRT_ROOT={headers.parent}",
+        f"-DTensorRT_LIBRARY={nvinfer}",
+        f"-DTensorRT_CUDA_LIBRARY={cudart}",
+    )
+
+
+def twin_of(program: Path, folder: Path, source: str, right: str, wrong: str) -> Path:
+    """A program of a build with Makefiles and compile_commands.json, with `right` in one file broken."""
+    text = (SOURCE / "src" / source).read_text()
+    assert text.count(right) == 1, right
+    broken, result = folder / source, folder / "twin.o"
+    broken.write_text(text.replace(right, wrong))
+    top = next(parent for parent in program.parents if (parent / "compile_commands.json").is_file())
+    entries = json.loads((top / "compile_commands.json").read_text())
+    entry = next(e for e in entries if Path(e["file"]).name == source)
+    command = shlex.split(entry["command"])
+    command[command.index("-o") + 1], command[command.index("-c") + 1] = str(result), str(broken)
+    call(*command, cwd=entry["directory"])
+    link = shlex.split((program.parent / "CMakeFiles" / f"{program.name}.dir" / "link.txt").read_text())
+    link[link.index("-o") + 1] = str(folder / "twin")
+    # Before the library, which then has nothing to add of this file.
+    call(*link[:1], result, *link[1:], cwd=program.parent)
+    return folder / "twin"

@@ -8,15 +8,14 @@ the host's logic and say nothing about TensorRT.
 import hashlib
 import json
 import os
-import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import tensorrt_double as double
 from conftest import EXAMPLE
-from cpp_build import SOURCE, ask, call, configure_and_build, need_tools, wheel_library
-from tensorrt_double import build_double, cuda_headers, tensorrt_headers, version, write_engines
+from cpp_build import ask, call, configure_and_build, need_tools, wheel_library
 
 from skipvision_export.config import SkipVisionConfig
 
@@ -37,8 +36,8 @@ new_tokens = 250
 @pytest.fixture(scope="session")
 def headers():
     need_tools()
-    cuda_headers()
-    return tensorrt_headers()
+    double.cuda_headers()
+    return double.tensorrt_headers()
 
 
 @pytest.fixture(scope="session")
@@ -46,28 +45,18 @@ def library(headers, tmp_path_factory):
     return wheel_library(tmp_path_factory.mktemp("cpp_tensorrt") / "lib")
 
 
-def tensorrt_options(headers, nvinfer, cudart):
-    return (
-        "-GUnix Makefiles",
-        "-DSKIPVISION_TENSORRT=ON",
-        f"-DTensorRT_ROOT={headers.parent}",
-        f"-DTensorRT_LIBRARY={nvinfer}",
-        f"-DTensorRT_CUDA_LIBRARY={cudart}",
-    )
-
-
 @pytest.fixture(scope="session")
 def build(headers, library):
     """Against the stand-ins, all of it under ASan and UBSan."""
     folder = library.parent.parent
-    double = build_double(folder / "double", headers, library, *SANITIZERS)
+    stand_ins = double.build_double(folder / "double", headers, library, *SANITIZERS)
     options = ("-DCMAKE_BUILD_TYPE=None", "-DSKIPVISION_SANITIZE=address,undefined")
     options += ("-DCMAKE_CXX_FLAGS=-O0", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON")
     return configure_and_build(
         folder / "build",
         library,
         *options,
-        *tensorrt_options(headers, *double),
+        *double.tensorrt_options(headers, *stand_ins),
         targets=("skipvision-run", "skipvision-probe"),
     )
 
@@ -83,7 +72,7 @@ def bundles(example_in, trained, traced, tmp_path_factory):
     root = tmp_path_factory.mktemp("cpp_tensorrt_bundles")
     strict = SkipVisionConfig(**(SkipVisionConfig.preset("quarter").to_json() | {"strict": True}))
     endless = traced.write(root / "endless", SkipVisionConfig.preset("skip-75")).folder
-    never_ends(endless)
+    double.never_ends(endless)
     return {
         "quarter": example_in("float32"),
         "float16": example_in("float16"),
@@ -93,14 +82,6 @@ def bundles(example_in, trained, traced, tmp_path_factory):
     }
 
 
-def never_ends(folder):
-    file = folder / "generation_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 279}))
-    manifest = json.loads((folder / "skipvision.json").read_text())
-    manifest["files"][file.name]["bytes"] = file.stat().st_size  # checked in any case
-    (folder / "skipvision.json").write_text(json.dumps(manifest))
-
-
 @pytest.fixture(scope="session")
 def engines(bundles, headers, tmp_path_factory):
     """`engines(name, recipe)`: a folder of engines of a bundle, for the stand-in."""
@@ -108,7 +89,7 @@ def engines(bundles, headers, tmp_path_factory):
 
     def make(name, recipe="", **options):
         out = root / str(len(list(root.iterdir())))
-        return write_engines(bundles[name], out, version(headers), recipe, **options)
+        return double.write_engines(bundles[name], out, double.version(headers), recipe, **options)
 
     return make
 
@@ -192,6 +173,13 @@ def test_two_threads(bundles, engines, probe):
     assert expected[0] == expected[1]
 
 
+ONE_LANE = (
+    "trt_backend.cpp",
+    "LaneHold lane(lanes_.back().release(), back);\n  lanes_.pop_back();\n  return lane;",
+    "return LaneHold(lanes_.back().get(), [](Lane*) {});",
+)
+
+
 def nested(probe, bundles, **request):
     texts = ["a", "which one?"]
     return ask(probe, "nested", bundle=str(bundles["endless"]), image=str(PICTURE), prompts=texts, **request)
@@ -203,70 +191,38 @@ def test_sequences_at_once(bundles, engines, probe, tmp_path):
     expected = nested(probe, bundles)
     assert nested(probe, bundles, engines=folder) == expected
     assert expected[:2] == expected[2:] and expected[0] != expected[1]
-    try:
-        assert nested(twin_of(probe, tmp_path, "one lane for all"), bundles, engines=folder) != expected
-    except AssertionError as error:
-        assert "context has changed" in str(error)
+    twin = double.twin_of(probe, tmp_path, *ONE_LANE)
+    with pytest.raises(AssertionError):
+        assert nested(twin, bundles, engines=folder) == expected
 
 
-# Of a source file: what is there, and what is there in the broken twin.
+# Of trt_sequence.cpp: what is there, and what is there in the broken twin.
 TWINS = {
     "position of the cache": (
-        "trt_sequence.cpp",
         "std::copy(positions.begin(), positions.end(), static_cast<std::int64_t*>(inputs[2].host));",
         "*static_cast<std::int64_t*>(inputs[2].host) = length_ + 0 * positions[0];",
     ),
-    "one buffer": ("trt_sequence.cpp", "std::swap(lane_.past, lane_.present);\n      ++pitch_", "++pitch_"),
+    "one buffer": ("std::swap(lane_.past, lane_.present);\n      ++pitch_", "++pitch_"),
     "row beside its place": (
-        "trt_sequence.cpp",
         "bytes * length_, pitch_,",
         "bytes * (length_ - 1), pitch_,",
     ),
     "free positions seen": (
-        "trt_sequence.cpp",
         "mask + length_, mask + pitch_, 0",
         "mask + length_, mask + pitch_, 1",
     ),
     "free positions not zeroed": (
-        "trt_sequence.cpp",
         "data(), 0, bytes, lane_",
         "data(), 0, 0 * bytes, lane_",
     ),
-    "old graph": ("trt_sequence.cpp", "lane_.graph.reset();\n    lane_.runs = 0;", "lane_.runs = 0;"),
-    "inputs in turn": ("trt_sequence.cpp", "    lane_.stream.wait();\n    graph_ms_", "    graph_ms_"),
-    "one lane for all": (
-        "trt_backend.cpp",
-        "LaneHold lane(lanes_.back().release(), back);\n  lanes_.pop_back();\n  return lane;",
-        "return LaneHold(lanes_.back().get(), [](Lane*) {});",
-    ),
+    "old graph": ("lane_.graph.reset();\n    lane_.runs = 0;", "lane_.runs = 0;"),
+    "inputs in turn": ("    lane_.stream.wait();\n    graph_ms_", "    graph_ms_"),
 }
 
 
-def twin_of(program, folder, name):
-    """A program, with one file compiled from a broken copy."""
-    source, right, wrong = TWINS[name]
-    text = (SOURCE / "src" / source).read_text()
-    assert text.count(right) == 1, right
-    broken, result = folder / source, folder / "twin.o"
-    broken.write_text(text.replace(right, wrong))
-    top = next(parent for parent in program.parents if (parent / "compile_commands.json").is_file())
-    entries = json.loads((top / "compile_commands.json").read_text())
-    entry = next(e for e in entries if Path(e["file"]).name == source)
-    command = shlex.split(entry["command"])
-    command[command.index("-o") + 1], command[command.index("-c") + 1] = result, broken
-    call(*command, cwd=entry["directory"])
-    link = shlex.split((program.parent / "CMakeFiles" / f"{program.name}.dir" / "link.txt").read_text())
-    link[link.index("-o") + 1] = str(folder / "twin")
-    # Before the library, which then has nothing to add of this file.
-    call(*link[:1], result, *link[1:], cwd=program.parent)
-    return folder / "twin"
-
-
-@pytest.mark.parametrize(
-    "name", [name for name, (source, *_) in TWINS.items() if source == "trt_sequence.cpp"]
-)
+@pytest.mark.parametrize("name", TWINS)
 def test_a_broken_twin_is_caught(name, build, bundles, engines, long_answers, tmp_path):
-    program = twin_of(build / "skipvision-run", tmp_path, name)
+    program = double.twin_of(build / "skipvision-run", tmp_path, "trt_sequence.cpp", *TWINS[name])
     arguments = (*LONG, "--engines", engines("endless"))
     for how in ((), ("--no-cuda-graphs",)):
         try:
@@ -429,10 +385,10 @@ def test_the_real_library_finds_no_gpu(headers, library, bundles, engines, tmp_p
     found = [file for file in found if file.name.startswith(("libnvinfer.so", "libnvinfer_lean.so"))]
     if not found:
         pytest.skip("set SKIPVISION_NVINFER_FOLDER to a folder with libnvinfer_lean.so or libnvinfer.so")
-    cudart = cuda_headers().parent / "lib64" / "libcudart.so"
+    cudart = double.cuda_headers().parent / "lib64" / "libcudart.so"
     if not cudart.exists():
         pytest.skip(f"needs {cudart}")
-    options = tensorrt_options(headers, found[0], cudart)
+    options = double.tensorrt_options(headers, found[0], cudart)
     build = configure_and_build(tmp_path / "build", library, *options, targets=("skipvision-run",))
     done = run(build / "skipvision-run", *asks(bundles["quarter"], engines("quarter")))
     if done.returncode == 0 or "no NVIDIA GPU here" not in done.stderr:

@@ -32,6 +32,11 @@ std::unique_ptr<const Backend> make_backend(const std::filesystem::path& folder,
                                             const Manifest& manifest,
                                             const BundleOptions& options) {
   if (!options.engines.empty()) return make_trt_backend(folder, manifest, options);
+  if (manifest.dtype == "bfloat16")
+    throw Error(
+        manifest.name +
+        ": dtype: is bfloat16, which ONNX Runtime has no CPU kernels for; export again with "
+        "--dtype float32 or float16, or run its engines");
   return std::make_unique<OrtBackend>(folder, manifest, options.threads);
 }
 

@@ -114,10 +114,9 @@ Manifest Manifest::parse(const Document& document) {
   manifest.retained = static_cast<int>(roles.at("retained").integer(0, kMaxTokens));
   manifest.skipped = static_cast<int>(roles.at("skipped").integer(0, kMaxTokens));
   manifest.dtype = root.at("dtype").text();
-  if (manifest.dtype != "float32" && manifest.dtype != "float16")
-    root.at("dtype").fail("is " + manifest.dtype +
-                          ", which ONNX Runtime has no CPU kernels for; export again with --dtype "
-                          "float32 or float16");
+  if (manifest.dtype != "float32" && manifest.dtype != "float16" && manifest.dtype != "bfloat16")
+    root.at("dtype").fail("is " + manifest.dtype + ", expected float32, float16 or bfloat16; " +
+                          kAgain);
   manifest.references = root.has("referenced") && !root.at("referenced").members().empty();
   if (root.has("prompt")) {
     Field prompt = root.at("prompt");

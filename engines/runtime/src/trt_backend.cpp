@@ -104,10 +104,7 @@ std::unique_ptr<Sequence> TrtBackend::prefill(const std::vector<ModelInput>& inp
   std::vector<std::pair<TensorInfo, Sizes>> tensors;
   std::vector<const Values*> values;
   auto add = [&](const EngineInfo& info, const std::string& name, const Values& own, Sizes sizes) {
-    if (info.dtype(name) != "int64")
-      throw Error(info.graph + ": " + name + " is " + info.dtype(name) +
-                  ", expected int64; build again");
-    tensors.push_back({{name, "int64"}, std::move(sizes)});
+    tensors.push_back({info.integers(name), std::move(sizes)});
     values.push_back(&own);
   };
   const EngineInfo& prefill = engines_.prefill.info;

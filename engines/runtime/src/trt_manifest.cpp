@@ -81,6 +81,12 @@ const std::string& EngineInfo::dtype(const std::string& tensor) const {
   throw Error("the engine " + file.string() + " has no tensor " + tensor + "; " + kAgain);
 }
 
+TensorInfo EngineInfo::integers(const std::string& input) const {
+  if (dtype(input) != "int64")
+    throw Error(graph + ": " + input + " is " + dtype(input) + ", expected int64; " + kAgain);
+  return {input, "int64"};
+}
+
 int EngineInfo::find_profile(const std::map<std::string, Sizes>& shapes) const {
   for (std::size_t i = 0; i < profiles.size(); ++i)
     if (std::all_of(shapes.begin(), shapes.end(), [&](const auto& input) {

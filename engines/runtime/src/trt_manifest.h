@@ -31,6 +31,8 @@ struct EngineInfo {
 
   /// TensorRT's name of the type of an input or output; throws Error where it has none such.
   const std::string& dtype(const std::string& tensor) const;
+  /// An input of int64; throws Error where it is none.
+  TensorInfo integers(const std::string& input) const;
   /// The first profile that takes all these inputs, -1 where none does.
   int find_profile(const std::map<std::string, Sizes>& inputs) const;
   /// The same; throws Error that names the input.

@@ -116,11 +116,11 @@ class TrtSequence : public Sequence {
     lane_.bound.clear();
     const EngineInfo& embed = lane_.embed_token.info();
     const EngineInfo& decode = lane_.decode.info();
-    lane_.token_inputs = lane_.token.lay_out(
-        {{{"input_ids", embed.dtype("input_ids")}, {rows(), 1}},
-         {{"image_features", embed.dtype("image_features")}, image_features_},
-         {{"position_ids", decode.dtype("position_ids")}, {rows(), 1}},
-         {{"attention_mask", decode.dtype("attention_mask")}, {rows(), pitch_ + 1}}});
+    lane_.token_inputs =
+        lane_.token.lay_out({{embed.integers("input_ids"), {rows(), 1}},
+                             {{"image_features", embed.dtype("image_features")}, image_features_},
+                             {decode.integers("position_ids"), {rows(), 1}},
+                             {decode.integers("attention_mask"), {rows(), pitch_ + 1}}});
     const auto& inputs = lane_.token_inputs;
     lane_.embed_token.set_inputs({inputs[0], inputs[1]}, lane_.stream);
     Sizes embeds = lane_.embed_token.set_output("inputs_embeds", lane_.token_embeds);
