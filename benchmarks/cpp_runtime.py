@@ -5,7 +5,8 @@
 
 Answers are those of 200 held-out questions of the tiny VLM, skip and dense. Times and memory are of its
 sibling with random weights (hidden 512, 117 MB of decoder weights in float32), in rounds that alternate
-between the two programs; one thread each.
+between the two programs; one thread each. Exit 1 where an answer differs, or where a decode step spends 3 %
+or more of its time outside of ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny_vlm"
 PICTURE = EXAMPLE / "test" / "000.png"
 QUESTION = "what is in the bottom right?"
 NEW_TOKENS = 48
+BATCHES = (1, 4, 8)
+# Time outside of ONNX Runtime, of that of a decode step.
+OUTSIDE_LIMIT = 0.03
 
 
 def sibling_bundle(folder: Path) -> Path:
@@ -59,43 +63,67 @@ def equal_answers(program: str, folder: Path, count: int) -> dict[str, int]:
     lines = [
         json.dumps({"image": file, "prompt": row["question"]}) for file, row in zip(files, rows, strict=True)
     ]
-    command = [program, str(folder), "--lines"]
-    done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, check=True)
     bundle = Bundle.load(folder)
-    equal = 0
-    for file, row, printed in zip(files, rows, done.stdout.splitlines(), strict=True):
-        expected, found = bundle.generate(file, row["question"]), json.loads(printed)
-        equal += found["token_ids"] == expected.token_ids and found["text"] == expected.text
-    return {"questions": len(rows), "equal": equal}
+    expected = [bundle.generate(file, row["question"]) for file, row in zip(files, rows, strict=True)]
+
+    def equal(batch: int) -> int:
+        command = [program, str(folder), "--lines", "--batch", str(batch)]
+        done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, check=True)
+        found = [json.loads(printed) for printed in done.stdout.splitlines()]
+        pairs = zip(found, expected, strict=True)
+        return sum((f["token_ids"], f["text"]) == (e.token_ids, e.text) for f, e in pairs)
+
+    return {"questions": len(rows), "equal": equal(1), "equal_in_batches_of_8": equal(8)}
+
+
+def bench(program: str, folder: Path, batch: int = 1) -> dict[str, Any]:
+    """One run of --bench: a generation after a warm one."""
+    command = [program, str(folder), "--image", str(PICTURE), "--prompt", QUESTION, "--bench", "--threads"]
+    command += ["1", "--no-hashes", "--rounds", "1", "--max-new-tokens", str(NEW_TOKENS)]
+    done = subprocess.run([*command, "--batch", str(batch)], capture_output=True, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
 
 
 def times(program: str, folder: Path, rounds: int) -> dict[str, Any]:
-    """Medians over rounds that alternate; C++ counts one generation of each run after a warm one."""
+    """Medians over rounds that alternate, and what C++ spends outside of the graphs in a step."""
     bundle = Bundle.load(folder, threads=1)
     inputs = bundle.prepare(PICTURE, QUESTION)
     bundle.run(inputs, NEW_TOKENS)
-    command = [program, str(folder), "--image", str(PICTURE), "--prompt", QUESTION, "--bench", "--threads"]
-    command += ["1", "--no-hashes", "--rounds", "1", "--max-new-tokens", str(NEW_TOKENS)]
-    found: dict[str, dict[str, list[float]]] = {"cpp": {}, "python": {}}
-    peak = 0.0
+    keys = ("ttft_ms", "decode_ms_per_token")
+    found: dict[str, list[dict[str, float]]] = {"cpp": [], "python": []}
     for _ in range(rounds):
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        result = json.loads(done.stdout)
-        peak = max(peak, result["peak_rss_mb"])
+        found["cpp"].append(bench(program, folder))
         own = bundle.run(inputs, NEW_TOKENS)
-        python = {"ttft_ms": own.ttft_ms, "decode_ms_per_token": own.decode_ms_per_token}
-        for name, values in (("cpp", result), ("python", python)):
-            for key in python:
-                found[name].setdefault(key, []).append(values[key])
+        found["python"].append({key: getattr(own, key) for key in keys})
+    more = {"cpp": ("outside_ms_per_token", "peak_rss_mb"), "python": ()}
     medians = {
-        name: {key: round(statistics.median(values), 3) for key, values in own.items()}
-        for name, own in found.items()
+        name: {
+            key: round(statistics.median(one[key] for one in runs), 3) for key in (*keys, *more.get(name, ()))
+        }
+        for name, runs in found.items()
     }
+    share = statistics.median(
+        one["outside_ms_per_token"] / one["decode_ms_per_token"] for one in found["cpp"]
+    )
     weights = (folder / "onnx" / "decoder.onnx_data").stat().st_size / 1e6
     return medians | {
         "rounds": rounds,
-        "peak_rss_mb": round(peak, 1),
+        "outside_share_of_decode": round(share, 4),
         "decoder_weights_mb": round(weights, 1),
+    }
+
+
+def batches(program: str, folder: Path, rounds: int) -> dict[str, Any]:
+    """Medians of as many equal prompts at once: milliseconds of the batch's prefill and of its steps."""
+    found: dict[int, list[dict[str, float]]] = {batch: [] for batch in BATCHES}
+    for _ in range(rounds):
+        for batch, runs in found.items():
+            runs.append(bench(program, folder, batch))
+    keys = ("ttft_ms", "decode_ms_per_token", "outside_ms_per_token", "peak_rss_mb")
+    return {
+        str(batch): {key: round(statistics.median(one[key] for one in runs), 3) for key in keys}
+        for batch, runs in found.items()
     }
 
 
@@ -114,11 +142,21 @@ def main() -> None:
         for model, config in presets.items():
             bundle = trace_model(resolve_model(EXAMPLE / model)).write(folder / model, config).folder
             result["answers"][config.name] = equal_answers(arguments.program, bundle, arguments.questions)
-        result["sibling"] = times(arguments.program, sibling_bundle(folder), arguments.rounds)
+        sibling = sibling_bundle(folder)
+        result["sibling"] = times(arguments.program, sibling, arguments.rounds)
+        result["sibling"]["batches"] = batches(arguments.program, sibling, min(arguments.rounds, 3))
     text = json.dumps(result, indent=1)
     print(text)
     if arguments.json:
         arguments.json.write_text(text + "\n")
+    share = result["sibling"]["outside_share_of_decode"]
+    if share >= OUTSIDE_LIMIT:
+        raise SystemExit(
+            f"{share:.1%} of a decode step is outside of ONNX Runtime, not below {OUTSIDE_LIMIT:.0%}"
+        )
+    for name, counts in result["answers"].items():
+        if len(set(counts.values())) != 1:
+            raise SystemExit(f"{name}: answers differ: {counts}")
 
 
 if __name__ == "__main__":

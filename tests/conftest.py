@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -12,12 +13,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from cpp_build import configure_and_build, need_tools, wheel_library
 from questions import write_questions
 from tiny import write_tiny
 
 from skipvision_export.config import SkipVisionConfig
 from skipvision_export.errors import CompilerError
-from skipvision_export.exporter import TracedModel, trace_model
+from skipvision_export.exporter import TracedModel, export, trace_model
 from skipvision_export.models.loading import resolve_model
 from skipvision_export.runtime.pipeline import Bundle
 from skipvision_export.runtime.torch_reference import TorchReference
@@ -115,3 +117,63 @@ def planned(tiny_folder: Path, questions_folder: Path) -> Callable[..., Plan]:
         return plan(resolve_model(tiny_folder), config, FinetuneSettings(**settings), questions_folder)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ONNX Runtime's library, to build the C++ runtime against."""
+    need_tools()
+    return wheel_library(tmp_path_factory.mktemp("cpp") / "lib")
+
+
+@pytest.fixture(scope="session")
+def build(library: Path) -> Path:
+    """The C++ runtime's build folder."""
+    return configure_and_build(library.parent.parent / "build", library)
+
+
+@pytest.fixture(scope="session")
+def probe(build: Path) -> Path:
+    """tests/probe.cpp, built."""
+    return build / "tests" / "skipvision-probe"
+
+
+@pytest.fixture(scope="session")
+def skip_bundle(example_in: Callable[[str], Path]) -> Path:
+    """The committed fine-tune's."""
+    return example_in("float32")
+
+
+@pytest.fixture(scope="session")
+def dense_bundle(trained: TracedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The committed checkpoint, dense."""
+    return trained.write(tmp_path_factory.mktemp("cpp_dense") / "dense", SkipVisionConfig.dense()).folder
+
+
+@pytest.fixture(scope="session")
+def int4_bundle(finetuned: TracedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fine-tune with weights of 4 bits."""
+    folder = tmp_path_factory.mktemp("cpp_int4") / "int4"
+    return finetuned.write(folder, SkipVisionConfig.preset("quarter"), weights="int4").folder
+
+
+@pytest.fixture(scope="session")
+def referenced_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fine-tune with its weights where they lie."""
+    folder = tmp_path_factory.mktemp("cpp_referenced")
+    model = shutil.copytree(EXAMPLE / "finetuned", folder / "model")  # links need one file system
+    return export(model, folder / "bundle", reference_weights=True).folder
+
+
+@pytest.fixture(scope="session")
+def strict_bundle(trained: TracedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint with strict masking."""
+    config = SkipVisionConfig(**(SkipVisionConfig.preset("quarter").to_json() | {"strict": True}))
+    return trained.write(tmp_path_factory.mktemp("cpp_strict") / "strict", config).folder
+
+
+@pytest.fixture(scope="session")
+def policy_bundle(trained: TracedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint with another share of skipped tokens in each layer."""
+    config = SkipVisionConfig(layer_shares=(0.0, 0.5, 0.75, 0.9))
+    return trained.write(tmp_path_factory.mktemp("cpp_policy") / "policy", config).folder

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import onnxruntime
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "engines" / "runtime"
+EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny_vlm"
 HEADERS = (
     "onnxruntime_cxx_api.h",
     "nlohmann/json.hpp",
@@ -77,3 +79,29 @@ def call(*command: Any, **options: Any) -> str:
 def ask(probe: Path, what: str, **request: Any) -> Any:
     """An answer of tests/probe.cpp."""
     return json.loads(call(probe, input=json.dumps({"what": what} | request)))
+
+
+def run(build: Path, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """skipvision-run, whatever it returns."""
+    command = [str(part) for part in (build / "skipvision-run", *arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def questions(n: int) -> list[dict[str, str]]:
+    """The tiny VLM's first held-out questions."""
+    return [json.loads(line) for line in (EXAMPLE / "test" / "metadata.jsonl").open()][:n]
+
+
+def request_lines(n: int) -> str:
+    """Held-out questions as `skipvision-run --lines` takes them."""
+    return "\n".join(
+        json.dumps({"image": str(EXAMPLE / "test" / q["file_name"]), "prompt": q["question"]})
+        for q in questions(n)
+    )
+
+
+def alter(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a bundle's manifest."""
+    manifest = json.loads((folder / "skipvision.json").read_text())
+    change(manifest)
+    (folder / "skipvision.json").write_text(json.dumps(manifest))

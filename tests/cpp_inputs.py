@@ -80,7 +80,9 @@ def random_pictures(folder: Path) -> list[Path]:
     """Pictures of many sizes and modes, smooth and rough."""
     rng = np.random.default_rng(0)
     files = []
-    for i, (height, width) in enumerate([(96, 96), (97, 200), (300, 61), (17, 23), (512, 384), (1, 9)]):
+    # The one of 400 x 100 is resized in height first.
+    sizes = [(96, 96), (97, 200), (300, 61), (17, 23), (512, 384), (1, 9), (400, 100)]
+    for i, (height, width) in enumerate(sizes):
         blocks = Image.fromarray(rng.integers(0, 256, (height, width, 4), dtype=np.uint8), "RGBA")
         smooth = blocks.resize((max(width // 7, 1), max(height // 7, 1))).resize((width, height))
         for mode, picture in {"RGB": blocks, "RGBA": blocks, "P": smooth, "L": smooth, "LA": blocks}.items():

@@ -10,11 +10,12 @@ import json
 import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cpp_build import SOURCE, call, include_folder
+from cpp_build import SOURCE, call, include_folder, request_lines
 
 from skipvision_export.bundle import MANIFEST, Manifest, sha256_of
 from skipvision_export.tensorrt.build import plan
@@ -192,3 +193,26 @@ def twin_of(program: Path, folder: Path, source: str, right: str, wrong: str) ->
     # Before the library, which then has nothing to add of this file.
     call(*link[:1], result, *link[1:], cwd=program.parent)
     return folder / "twin"
+
+
+def run(
+    program: Path, *arguments: object, words: str = "", report: str | Path = "", **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a program; words: what the stand-in for CUDA refuses; report: where it counts what it did."""
+    environment = os.environ | {"CUDA_DOUBLE": words, "CUDA_DOUBLE_REPORT": str(report)}
+    command = [str(part) for part in (program, *arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
+
+
+def answers(
+    program: Path, bundle: Path, *arguments: object, n: int = 12, **options: Any
+) -> list[dict[str, Any]]:
+    """Of the first n held-out questions, without their times."""
+    lines = request_lines(n)
+    done = run(program, bundle, "--lines", "--no-hashes", *arguments, input=lines, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == n
+    return [
+        {key: value for key, value in each.items() if not key.endswith(("_ms", "_token"))} for each in found
+    ]

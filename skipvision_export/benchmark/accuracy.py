@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,10 +19,10 @@ Progress = Callable[[str], None]
 
 
 class Answerer(Protocol):
-    """Anything that answers a question about a picture."""
+    """Anything that answers questions about pictures."""
 
-    def __call__(self, image: Path, question: str) -> str:
-        """The answer's text."""
+    def answers(self, samples: Sequence[Sample]) -> Iterator[str]:
+        """The answers' texts, as they come."""
 
 
 @dataclass
@@ -42,10 +42,10 @@ class Accuracy:
 def evaluate(answer: Answerer, samples: Sequence[Sample], progress: Progress = lambda _: None) -> Accuracy:
     """Ask every question; case, outer spaces and a final full stop do not count."""
     answers, right = [], []
-    for i, sample in enumerate(samples):
+    for i, (sample, text) in enumerate(zip(samples, answer.answers(samples), strict=True)):
         if i % 20 == 0:
             progress(f"question {i + 1} of {len(samples)}")
-        answers.append(answer(sample.image, sample.question))
+        answers.append(text)
         right.append(normalize(answers[-1]) == normalize(sample.answer))
     types = sorted({sample.type for sample in samples})
     by_type = {
@@ -72,20 +72,30 @@ def shuffled(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
 class BundleAnswerer:
     """Answers with a bundle; a picture is encoded once for all questions in a row about it."""
 
-    def __init__(self, bundle: Bundle, max_new_tokens: int = 32) -> None:
-        """max_new_tokens: where an answer is cut."""
-        self.bundle, self.max_new_tokens = bundle, max_new_tokens
-        self._image: Path | None = None
-        self._features: Any = None
+    def __init__(self, bundle: Bundle, max_new_tokens: int = 32, batch: int = 1) -> None:
+        """max_new_tokens: where an answer is cut; batch: questions that are answered in one run."""
+        self.bundle, self.max_new_tokens, self.batch = bundle, max_new_tokens, batch
+        self._features: dict[Path, np.ndarray] = {}
 
-    def __call__(self, image: Path, question: str) -> str:
-        """Greedy answer."""
-        inputs: PromptInputs = self.bundle.prepare(image, question)
-        if image != self._image:
-            self._features = self.bundle.generator.encode(inputs.pixel_values)
-            self._image = image
-        done = self.bundle.run(inputs, self.max_new_tokens, features=self._features)
-        return self.bundle.decode_text(done.token_ids)
+    def answers(self, samples: Sequence[Sample]) -> Iterator[str]:
+        """Greedy answers."""
+        for first in range(0, len(samples), self.batch):
+            asked = samples[first : first + self.batch]
+            inputs = [self.bundle.prepare(sample.image, sample.question) for sample in asked]
+            features = self._encode([sample.image for sample in asked], inputs)
+            for done in self.bundle.run_batch(inputs, self.max_new_tokens, features=features):
+                yield self.bundle.decode_text(done.token_ids)
+
+    def _encode(self, images: Sequence[Path], inputs: Sequence[PromptInputs]) -> np.ndarray:
+        """Features [B, V, D] of these pictures, those of the last call not encoded again."""
+        generator, known = self.bundle.generator, self._features
+        self._features = {image: known[image] for image in images if image in known}
+        for image, own in zip(images, inputs, strict=True):
+            if image not in self._features:
+                encoded = generator.encode(own.pixel_values)
+                # A copy: the backend's memory may be gone with its tensor.
+                self._features[image] = generator.backend.numpy(encoded).copy()
+        return np.concatenate([self._features[image] for image in images])
 
 
 class TorchAnswerer:
@@ -98,11 +108,12 @@ class TorchAnswerer:
         self.reference, self.max_new_tokens = reference, max_new_tokens
         self.config = None if config is None or config.is_dense else config
 
-    def __call__(self, image: Path, question: str) -> str:
-        """Greedy answer."""
-        inputs = self.reference.prepare(image, question)
-        done, _ = self.reference.run(inputs, self.max_new_tokens, self.config)
-        return self.reference.decode_text(done.token_ids)
+    def answers(self, samples: Sequence[Sample]) -> Iterator[str]:
+        """Greedy answers."""
+        for sample in samples:
+            inputs = self.reference.prepare(sample.image, sample.question)
+            done, _ = self.reference.run(inputs, self.max_new_tokens, self.config)
+            yield self.reference.decode_text(done.token_ids)
 
 
 def unique_images(samples: Iterable[Sample]) -> list[Path]:

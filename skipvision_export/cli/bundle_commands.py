@@ -202,6 +202,7 @@ def evaluate(
     policy: PolicyOption = None,
     dense: DenseOption = False,
     max_new_tokens: NewTokens = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Questions that a bundle answers in one run.")] = 1,
     engines: EnginesOption = None,
     plugin: PluginOption = None,
     json: JsonOption = None,
@@ -226,7 +227,9 @@ def evaluate(
         if preset is not None or policy is not None or dense:
             raise ConfigError("a bundle runs as it was exported; leave out --preset, --policy and --dense")
         loaded = Bundle.load(bundle_or_model, **backend_options(engines, plugin))
-        answer = accuracy.BundleAnswerer(loaded, max_new_tokens)
+        answer = accuracy.BundleAnswerer(loaded, max_new_tokens, batch)
+    elif batch > 1:
+        raise ConfigError(f"{bundle_or_model} is no bundle, PyTorch answers one by one; leave out --batch")
     elif engines is not None:
         raise ConfigError(f"{bundle_or_model} is no bundle; --engines belongs to the bundle of the engines")
     else:

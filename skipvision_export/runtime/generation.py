@@ -21,9 +21,9 @@ from skipvision_export.graph.passes.names import (
     present_names,
 )
 from skipvision_export.layout import TokenLayout
+from skipvision_export.runtime.batch import Flags, Ints, PromptBatch, image_index, prefill_indices
 from skipvision_export.runtime.kv_cache import KVCache
 
-Ints = npt.NDArray[np.int64]
 Choose = Callable[[npt.NDArray[np.float32]], int]
 
 
@@ -35,8 +35,11 @@ class Backend(Protocol):
     def run(self, graph: str, feeds: dict[str, Any]) -> dict[str, Any]:
         """Run one graph."""
 
-    def cache(self, present: dict[str, Any]) -> KVCache:
-        """The cache that decode goes on from, of prefill's outputs."""
+    def cache(self, present: dict[str, Any], kept: Flags | None = None) -> KVCache:
+        """The cache that decode goes on from, of prefill's outputs.
+
+        kept: [B, K], which of its positions count; None for all.
+        """
 
     def numpy(self, value: Any) -> npt.NDArray[Any]:
         """A tensor on the host."""
@@ -79,39 +82,8 @@ class Transcript:
         return float(np.median(self.decode_ms)) if self.decode_ms else 0.0
 
 
-def prefill_indices(input_ids: Ints, image_token: int, layout: TokenLayout) -> tuple[dict[int, Ints], Ints]:
-    """Rows that go through the FFN, for each tier of layers, and positions whose K/V stay.
-
-    input_ids: [1, S] with `layout.total` placeholders for each image -> ffn_index [M] by tier and
-    kv_keep_index [1, K], all ascending.
-    """
-    ids = input_ids[0]
-    places = np.flatnonzero(ids == image_token)
-
-    def kept(flags: list[bool]) -> Ints:
-        keep = np.ones(ids.shape, bool)
-        if places.size:
-            keep[places] = np.resize(flags, places.size)
-        return np.flatnonzero(keep).astype(np.int64)
-
-    rows = {tier: kept(layout.ffn_mask(tier)) for tier in layout.used_tiers()}
-    return rows, kept(layout.kv_mask())[None, :]
-
-
-def image_index(input_ids: Ints, image_token: int, layout: TokenLayout) -> Ints:
-    """The input of strict masking, [1, S]: 0 for text, i or -i for the i-th picture's tokens.
-
-    Negative where K and V are dropped; see StrictMaskPass.
-    """
-    index = np.zeros(input_ids.shape, np.int64)
-    places = np.flatnonzero(input_ids[0] == image_token)
-    picture = 1 + np.arange(places.size) // layout.total
-    index[0, places] = np.where(np.resize(layout.kv_mask(), places.size), picture, -picture)
-    return index
-
-
 class Generator:
-    """Runs prompts of one image through a backend."""
+    """Runs prompts through a backend, one or a batch of them."""
 
     def __init__(self, backend: Backend, manifest: Manifest, layout: TokenLayout | None = None):
         """layout: another one than the bundle's, such as all rows kept, for comparisons."""
@@ -123,39 +95,48 @@ class Generator:
         self._present = present_names("present", manifest.model.num_layers)
 
     def encode(self, pixel_values: npt.NDArray[np.float32]) -> Any:
-        """pixel_values [1, 3, h, w] -> image_features [1, layout.total, D] in layout order."""
+        """pixel_values [N, 3, h, w] -> image_features [N, layout.total, D] in layout order."""
         return self.backend.run(VISION, {"pixel_values": pixel_values})["image_features"]
 
     def embed(self, input_ids: Ints, features: Any = None) -> Any:
-        """input_ids [1, S] -> inputs_embeds [1, S, D]; features only where the ids hold an image."""
+        """input_ids [B, S] -> inputs_embeds [B, S, D]; features only where the ids hold an image."""
         if features is None:
             model = self.manifest.model
             features = np.zeros((0, model.visual_tokens, model.hidden_size), np.float32)
         feeds = {"input_ids": input_ids, "image_features": features}
         return self.backend.run(EMBED, feeds)["inputs_embeds"]
 
-    def prefill(self, input_ids: Ints, features: Any) -> dict[str, Any]:
-        """The outputs of decoder_prefill for a prompt [1, S]."""
-        rows, keep = prefill_indices(input_ids, self.image_token, self.layout)
-        length = input_ids.shape[1]
+    def prefill(self, prompts: Ints | PromptBatch, features: Any) -> dict[str, Any]:
+        """The outputs of decoder_prefill for prompts [B, S] without padding, or a batch."""
+        return self.prefill_cache(prompts, features)[0]
+
+    def prefill_cache(self, prompts: Ints | PromptBatch, features: Any) -> tuple[dict[str, Any], Flags]:
+        """The same, and [B, K], which of the positions that stay count."""
+        if isinstance(prompts, np.ndarray):
+            prompts = PromptBatch(prompts, np.zeros(len(prompts), np.int64))
+        indices = prefill_indices(prompts, self.image_token, self.layout)
         feeds = {
-            "inputs_embeds": self.embed(input_ids, features),
-            "attention_mask": np.ones((1, length), np.int64),
-            "position_ids": np.arange(length, dtype=np.int64)[None],
-            **{ffn_index_name(tier): index for tier, index in rows.items()},
-            KV_KEEP_INDEX: keep,
+            "inputs_embeds": self.embed(prompts.input_ids, features),
+            "attention_mask": prompts.mask.astype(np.int64),
+            "position_ids": prompts.positions,
+            **{ffn_index_name(tier): index for tier, index in indices.ffn_rows.items()},
+            KV_KEEP_INDEX: indices.kv_keep,
         }
         if IMAGE_INDEX in self._inputs:
-            feeds[IMAGE_INDEX] = image_index(input_ids, self.image_token, self.layout)
-        return self.backend.run(PREFILL, feeds)
+            feeds[IMAGE_INDEX] = image_index(prompts, self.image_token, self.layout)
+        return self.backend.run(PREFILL, feeds), indices.kv_mask
 
-    def decode(self, token: int, position: int, cache: KVCache) -> Any:
-        """One step on a cache of any length -> logits; `position` counts the whole original sequence."""
+    def decode(self, token: int | Ints, position: int | Ints, cache: KVCache) -> Any:
+        """One step of every row of a cache -> logits.
+
+        token, position: [B], or of a single row; positions count each row's whole original sequence.
+        """
+        tokens, positions = (np.reshape(np.asarray(x, np.int64), (-1, 1)) for x in (token, position))
         return cache.step(
             {
-                "inputs_embeds": self.embed(np.array([[token]], np.int64)),
-                "attention_mask": np.ones((1, cache.length + 1), np.int64),
-                "position_ids": np.array([[position]], np.int64),
+                "inputs_embeds": self.embed(tokens),
+                "attention_mask": cache.mask(),
+                "position_ids": positions,
             }
         )
 
@@ -164,43 +145,75 @@ class Generator:
         input_ids: Ints,
         pixel_values: npt.NDArray[np.float32] | None,
         *,
+        features: Any = None,
+        **options: Any,
+    ) -> Transcript:
+        """One prompt [1, S]; give pixel_values or features; options: those of generate_batch."""
+        pixels = [] if pixel_values is None else [pixel_values]
+        return self.generate_batch([input_ids], pixels, features=features, **options)[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Ints],
+        pixel_values: Sequence[npt.NDArray[np.float32]],
+        *,
         max_new_tokens: int,
         eos: Sequence[int] = (),
         choose: Choose = lambda logits: int(logits.argmax()),
         features: Any = None,
         keep_logits: bool = False,
         keep_kv: bool = False,
-    ) -> Transcript:
-        """Generate until an end token or `max_new_tokens`; give pixel_values or features."""
-        done = Transcript(prompt_tokens=input_ids.shape[1])
+    ) -> list[Transcript]:
+        """Generate for prompts [1, S] in one prefill, and one decode step for the next token of all.
+
+        pixel_values: of each prompt; or give features, those of all. Each goes on until an end token or
+        `max_new_tokens`; times are those of the batch.
+        """
+        batch = PromptBatch.join(prompts, self.image_token)
+        done = [Transcript(prompt_tokens=int(length)) for length in batch.lengths]
         start = time.perf_counter()
         if features is None:
-            features = self.encode(pixel_values)  # type: ignore[arg-type]
-        done.vision_ms = (time.perf_counter() - start) * 1e3
-        start = time.perf_counter()
-        out = self.prefill(input_ids, features)
+            features = self._encode_all(pixel_values)
+        encoded = time.perf_counter()
+        out, kept = self.prefill_cache(batch, features)
         logits = self._logits(out["logits"])
-        done.prefill_ms = (time.perf_counter() - start) * 1e3
-        done.kv_tokens_after_prefill = self.backend.shape(out[self._present[0]])[2]
-        if keep_kv:
-            done.kv = [self.backend.numpy(out[name])[0].copy() for name in self._present]
-        # Decode goes on from the original length, not from the cache's.
-        position = input_ids.shape[1]
+        prefilled = time.perf_counter()
+        for row, own in enumerate(done):
+            own.vision_ms, own.prefill_ms = (encoded - start) * 1e3, (prefilled - encoded) * 1e3
+            own.kv_tokens_after_prefill = int(kept[row].sum())
+            if keep_kv:
+                own.kv = [self.backend.numpy(out[name])[row][:, kept[row]] for name in self._present]
+        # Decode goes on from each prompt's length, not from the cache's.
+        positions, tokens = batch.lengths, np.zeros(len(done), np.int64)
+        running = list(range(len(done)))
         cache = None
         while True:
-            token = choose(logits)
-            done.token_ids.append(token)
-            if keep_logits:
-                done.logits.append(logits)
-            if token in eos or len(done.token_ids) >= max_new_tokens:
+            for row in running:
+                tokens[row] = choose(logits[row])
+                done[row].token_ids.append(int(tokens[row]))
+                if keep_logits:
+                    done[row].logits.append(logits[row])
+            # A row that has ended stays, and feeds its last token on.
+            running = [
+                row for row in running if tokens[row] not in eos and len(done[row].token_ids) < max_new_tokens
+            ]
+            if not running:
                 return done
             start = time.perf_counter()
-            cache = cache or self.backend.cache(out)
-            logits = self._logits(self.decode(token, position, cache))
-            done.decode_ms.append((time.perf_counter() - start) * 1e3)
-            position += 1
+            cache = cache or self.backend.cache(out, kept)
+            logits = self._logits(self.decode(tokens, positions, cache))
+            passed = (time.perf_counter() - start) * 1e3
+            for row in running:
+                done[row].decode_ms.append(passed)
+            positions = positions + 1
+
+    def _encode_all(self, pixel_values: Sequence[npt.NDArray[np.float32]]) -> Any:
+        """Features of all prompts' pictures in their order, in one run where they have one size."""
+        if len({pixels.shape[1:] for pixels in pixel_values}) == 1:
+            return self.encode(np.concatenate(pixel_values))
+        return np.concatenate([self.backend.numpy(self.encode(pixels)) for pixels in pixel_values])
 
     def _logits(self, value: Any) -> npt.NDArray[np.float32]:
-        """[vocab] of the last position, on the host; a backend that works ahead is waited for here."""
+        """[B, vocab] of the last position, on the host; a backend that works ahead is waited for here."""
         # A copy: the backend's memory may be gone with its tensor.
-        return np.array(self.backend.numpy(value)[0, -1], np.float32)
+        return np.array(self.backend.numpy(value)[:, -1], np.float32)

@@ -13,6 +13,7 @@ from skipvision_export.bundle import Manifest
 from skipvision_export.bundle.graphs import GraphInfo
 from skipvision_export.errors import BackendError, BundleError
 from skipvision_export.graph.passes.names import DECODE
+from skipvision_export.runtime.batch import Flags
 from skipvision_export.runtime.kv_cache import JoinedCache, KVCache, SharedCache
 from skipvision_export.runtime.shared_weights import SharedWeights
 
@@ -104,11 +105,14 @@ class OrtBackend:
         names = [tensor.name for tensor in self.graphs[graph].outputs]
         return dict(zip(names, self.session(graph).run_with_ort_values(names, values), strict=True))
 
-    def cache(self, present: dict[str, Any]) -> KVCache:
-        """The cache that decode goes on from, of prefill's outputs; in place where the bundle can."""
+    def cache(self, present: dict[str, Any], kept: Flags | None = None) -> KVCache:
+        """The cache that decode goes on from, of prefill's outputs; in place where the bundle can.
+
+        kept: [B, K], which of its positions count; None for all.
+        """
         if self._shared is None:
-            return JoinedCache(self, present)
-        return SharedCache(self.session(self._shared), present)
+            return JoinedCache(self, present, kept)
+        return SharedCache(self.session(self._shared), present, kept)
 
     def _value(self, graph: str, name: str, array: npt.NDArray[Any]) -> ort.OrtValue:
         dtype = next(t.dtype for t in self.graphs[graph].inputs if t.name == name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 
 from skipvision_export.bundle import Manifest
 from skipvision_export.config import SkipVisionConfig
+from skipvision_export.errors import InputError
 from skipvision_export.models.loading import load_processor
 from skipvision_export.runtime.generation import Generator, Transcript
 from skipvision_export.runtime.ort import OrtBackend
@@ -110,6 +112,18 @@ class Bundle:
             **options,
         )
 
+    def run_batch(
+        self, inputs: Sequence[PromptInputs], max_new_tokens: int = 64, **options: Any
+    ) -> list[Transcript]:
+        """Generate from the arrays of several prompts at once; options: those of Generator.generate_batch."""
+        return self.generator.generate_batch(
+            [one.input_ids for one in inputs],
+            [one.pixel_values for one in inputs],
+            max_new_tokens=max_new_tokens,
+            eos=self.eos,
+            **options,
+        )
+
     def decode_text(self, token_ids: list[int]) -> str:
         """Text of generated ids, special tokens left out."""
         text: str = self.processor.tokenizer.decode(token_ids, skip_special_tokens=True)
@@ -120,7 +134,29 @@ class Bundle:
 
         Raises InputError for a picture or prompt that cannot be used.
         """
-        done = self.run(self.prepare(image, prompt), max_new_tokens)
+        return self._answer(self.run(self.prepare(image, prompt), max_new_tokens))
+
+    def generate_batch(
+        self,
+        requests: Sequence[tuple[str | Path | Image.Image, str]],
+        max_new_tokens: int = 64,
+        *,
+        max_batch: int = 8,
+    ) -> list[Answer]:
+        """Answer (picture, prompt) pairs greedily, `max_batch` in one run; times are those of the run.
+
+        Each has the tokens that it has alone, but for ties within rounding. Raises InputError for a
+        picture or prompt that cannot be used, and for a max_batch below 1.
+        """
+        if max_batch < 1:
+            raise InputError(f"max_batch is {max_batch}, expected 1 or more")
+        answers = []
+        for first in range(0, len(requests), max_batch):
+            inputs = [self.prepare(*request) for request in requests[first : first + max_batch]]
+            answers += [self._answer(done) for done in self.run_batch(inputs, max_new_tokens)]
+        return answers
+
+    def _answer(self, done: Transcript) -> Answer:
         roles = self.manifest.roles
         return Answer(
             text=self.decode_text(done.token_ids),

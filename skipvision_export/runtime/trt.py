@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from skipvision_export.bundle import MANIFEST, sha256_of
 from skipvision_export.errors import BundleError, CompilerError, InputError
+from skipvision_export.runtime.batch import Flags
 from skipvision_export.runtime.kv_cache import JoinedCache, KVCache
 from skipvision_export.tensorrt import plugin
 from skipvision_export.tensorrt.driver import require_gpu
@@ -133,9 +134,12 @@ class TrtRunner:
             self._engines[graph] = _Engine(graph, self.folder / info.file, info, self.tensorrt, self.stream)
         return self._engines[graph].run(feeds)
 
-    def cache(self, present: dict[str, Any]) -> KVCache:
-        """The cache that decode goes on from, of prefill's outputs."""
-        return JoinedCache(self, present)
+    def cache(self, present: dict[str, Any], kept: Flags | None = None) -> KVCache:
+        """The cache that decode goes on from, of prefill's outputs.
+
+        kept: [B, K], which of its positions count; None for all.
+        """
+        return JoinedCache(self, present, kept)
 
     def numpy(self, value: DeviceTensor) -> npt.NDArray[Any]:
         """A tensor on the host; waits for the stream."""

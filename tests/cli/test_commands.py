@@ -151,7 +151,8 @@ def test_bench(bundle_folder, dense_folder, tmp_path):
 @pytest.mark.parametrize("kind", ["bundle", "model"])
 def test_evaluate(kind, tiny_folder, bundle_folder, questions, tmp_path):
     target = bundle_folder if kind == "bundle" else tiny_folder
-    result = ok(tmp_path, "evaluate", target, "--data", questions, "--max-new-tokens", 2)
+    more = ("--batch", 2) if kind == "bundle" else ()
+    result = ok(tmp_path, "evaluate", target, "--data", questions, "--max-new-tokens", 2, *more)
     assert result == {"accuracy": 0.0, "n": 2, "by_type": {"a": 0.0, "b": 0.0}}
 
 
@@ -177,6 +178,10 @@ def test_no_model(capsys, tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
     refused(capsys, "supported: LlavaForConditionalGeneration", "export", tmp_path, "-o", out, "--dense")
     assert not out.exists()
+
+
+def test_batches_are_a_bundle_s(capsys, tiny_folder, questions):
+    refused(capsys, "leave out --batch", "evaluate", tiny_folder, "--data", questions, "--batch", 2)
 
 
 def test_bad_weights(capsys, tiny_folder, tmp_path):

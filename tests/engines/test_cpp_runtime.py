@@ -4,19 +4,18 @@ import json
 import os
 import re
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
 from conftest import EXAMPLE
-from cpp_build import SOURCE, ask, call, configure_and_build, need_tools, wheel_library
+from cpp_build import SOURCE, alter, ask, call, configure_and_build, questions, request_lines, run
 from cpp_inputs import TEXTS, random_pictures, random_texts, trained_tokenizer
 from PIL import Image
 from tiny import write_tiny
 from transformers import CLIPImageProcessorPil
 
 from skipvision_export.config import SkipVisionConfig
-from skipvision_export.exporter import export, trace_model
+from skipvision_export.exporter import trace_model
 from skipvision_export.models.loading import resolve_model
 from skipvision_export.runtime.pipeline import Bundle
 
@@ -25,73 +24,11 @@ PICTURE = EXAMPLE / "test" / "000.png"
 QUESTION = "which digit is in the bottom right?"
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    need_tools()
-    return wheel_library(tmp_path_factory.mktemp("cpp") / "lib")
-
-
-@pytest.fixture(scope="session")
-def build(library):
-    return configure_and_build(library.parent.parent / "build", library)
-
-
-@pytest.fixture(scope="session")
-def probe(build):
-    return build / "tests" / "skipvision-probe"
-
-
-@pytest.fixture(scope="session")
-def skip_bundle(example_in):
-    return example_in("float32")
-
-
-@pytest.fixture(scope="session")
-def dense_bundle(trained, tmp_path_factory):
-    return trained.write(tmp_path_factory.mktemp("cpp_dense") / "dense", SkipVisionConfig.dense()).folder
-
-
-@pytest.fixture(scope="session")
-def int4_bundle(finetuned, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cpp_int4") / "int4"
-    return finetuned.write(folder, SkipVisionConfig.preset("quarter"), weights="int4").folder
-
-
-@pytest.fixture(scope="session")
-def referenced_bundle(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cpp_referenced")
-    model = shutil.copytree(EXAMPLE / "finetuned", folder / "model")  # links need one file system
-    return export(model, folder / "bundle", reference_weights=True).folder
-
-
-@pytest.fixture(scope="session")
-def strict_bundle(trained, tmp_path_factory):
-    config = SkipVisionConfig(**(SkipVisionConfig.preset("quarter").to_json() | {"strict": True}))
-    return trained.write(tmp_path_factory.mktemp("cpp_strict") / "strict", config).folder
-
-
-def run(build, *arguments, **options):
-    command = [str(part) for part in (build / "skipvision-run", *arguments)]
-    return subprocess.run(command, capture_output=True, text=True, **options)
-
-
 def generate(build, folder, file, *arguments):
     ask_for = ("--image", PICTURE, "--prompt", QUESTION, "--json", file)
     done = run(build, folder, *ask_for, *arguments)
     assert done.returncode == 0, done.stderr
     return json.loads(file.read_text()), done.stdout
-
-
-def questions(n):
-    return [json.loads(line) for line in (EXAMPLE / "test" / "metadata.jsonl").open()][:n]
-
-
-def request_lines(n):
-    """Held-out questions as `skipvision-run --lines` takes them."""
-    return "\n".join(
-        json.dumps({"image": str(EXAMPLE / "test" / q["file_name"]), "prompt": q["question"]})
-        for q in questions(n)
-    )
 
 
 def texts_of(printed):
@@ -180,27 +117,41 @@ def peak_mb(build, folder):
     return json.loads(done.stdout)["peak_rss_mb"]
 
 
-def test_weights_are_in_memory_once(build, bundle_folder, tmp_path):
+@pytest.fixture(scope="module")
+def wide_bundle(tmp_path_factory):
+    """Nearly all of it in the decoder."""
+    folder = tmp_path_factory.mktemp("cpp_wide")
+    sizes = {"hidden_size": 768, "intermediate_size": 2048}
+    write_tiny(folder / "model", num_attention_heads=12, num_key_value_heads=12, **sizes)
+    wide = trace_model(resolve_model(folder / "model"))
+    return wide.write(folder / "bundle", SkipVisionConfig.preset("skip-75")).folder
+
+
+def test_weights_are_in_memory_once(build, bundle_folder, wide_bundle):
     """A wide decoder adds its weights to the peak, and less than half for what is computed; not twice."""
-    write_tiny(
-        tmp_path / "model",
-        hidden_size=768,
-        intermediate_size=2048,
-        num_attention_heads=12,
-        num_key_value_heads=12,
-    )
-    wide = trace_model(resolve_model(tmp_path / "model"))
-    folder = wide.write(tmp_path / "bundle", SkipVisionConfig.preset("skip-75")).folder
-    weights_mb = (folder / "onnx" / "decoder.onnx_data").stat().st_size / 1e6
+    weights_mb = (wide_bundle / "onnx" / "decoder.onnx_data").stat().st_size / 1e6
     assert weights_mb > 80
-    assert peak_mb(build, folder) - peak_mb(build, bundle_folder) < 1.5 * weights_mb
+    assert peak_mb(build, wide_bundle) - peak_mb(build, bundle_folder) < 1.5 * weights_mb
+
+
+def test_generating_takes_little_more_than_one_session(probe, wide_bundle):
+    ids = [1, *[3] * Bundle.load(wide_bundle, verify=False).manifest.layout.total, 50, 60]
+
+    def peak(steps, share):
+        return ask(probe, "peak", bundle=str(wide_bundle), ids=ids, side=96, steps=steps, share=share)
+
+    assert peak(8, True) <= 1.15 * peak(0, True)
+    # The twin: without sharing the second copy shows, and so the limit can fail.
+    assert peak(8, False) > 1.15 * peak(0, False)
 
 
 def test_bench(skip_bundle, build):
     done = run(build, skip_bundle, "--image", PICTURE, "--prompt", QUESTION, "--bench", "--rounds", 2)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert min(result[k] for k in ("ttft_ms", "decode_ms_per_token", "peak_rss_mb")) > 0
+    assert (
+        min(result[k] for k in ("ttft_ms", "decode_ms_per_token", "outside_ms_per_token", "peak_rss_mb")) > 0
+    )
 
 
 @pytest.mark.parametrize("crop", [(96, 96), (70, 120)])
@@ -281,12 +232,6 @@ def test_readme_example(build, skip_bundle, tmp_path, library):
     call("cmake", "--build", tmp_path / "app" / "build")
     printed = call(tmp_path / "app" / "build" / "answer", skip_bundle, PICTURE, QUESTION)
     assert Bundle.load(skip_bundle).generate(PICTURE, QUESTION).text in printed
-
-
-def alter(folder, change):
-    manifest = json.loads((folder / "skipvision.json").read_text())
-    change(manifest)
-    (folder / "skipvision.json").write_text(json.dumps(manifest))
 
 
 def truncate(file, size):

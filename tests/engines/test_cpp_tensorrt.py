@@ -9,19 +9,21 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import tensorrt_double as double
 from conftest import EXAMPLE
-from cpp_build import ask, call, configure_and_build, need_tools, wheel_library
+from cpp_build import ask, call, configure_and_build, need_tools, questions, wheel_library
+from PIL import Image
+from tiny import write_tiny_next
 
 from skipvision_export.config import SkipVisionConfig
+from skipvision_export.exporter import trace_model
+from skipvision_export.models.loading import resolve_model
 
 PICTURE = EXAMPLE / "test" / "000.png"
-QUESTIONS = [json.loads(line) for line in (EXAMPLE / "test" / "metadata.jsonl").open()]
-QUESTION = QUESTIONS[0]["question"]
+QUESTION = questions(1)[0]["question"]
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 TWO_PROFILES = """
 [[profiles]]
@@ -67,17 +69,16 @@ def probe(build):
 
 
 @pytest.fixture(scope="session")
-def bundles(example_in, trained, traced, tmp_path_factory):
+def bundles(example_in, dense_bundle, strict_bundle, traced, tmp_path_factory):
     """Bundles by name: quarter, float16, dense, strict, and endless, whose model never ends."""
     root = tmp_path_factory.mktemp("cpp_tensorrt_bundles")
-    strict = SkipVisionConfig(**(SkipVisionConfig.preset("quarter").to_json() | {"strict": True}))
     endless = traced.write(root / "endless", SkipVisionConfig.preset("skip-75")).folder
     double.never_ends(endless)
     return {
         "quarter": example_in("float32"),
         "float16": example_in("float16"),
-        "dense": trained.write(root / "dense", SkipVisionConfig.dense()).folder,
-        "strict": trained.write(root / "strict", strict).folder,
+        "dense": dense_bundle,
+        "strict": strict_bundle,
         "endless": endless,
     }
 
@@ -94,34 +95,13 @@ def engines(bundles, headers, tmp_path_factory):
     return make
 
 
-def run(program, *arguments, words="", report="", **options):
-    environment = os.environ | {"CUDA_DOUBLE": words, "CUDA_DOUBLE_REPORT": str(report)}
-    command = [str(part) for part in (program, *arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
-
-
-def answers(program, bundle, *arguments, n=12, **options):
-    """Of the first n held-out questions, without their times."""
-    lines = "\n".join(
-        json.dumps({"image": str(EXAMPLE / "test" / q["file_name"]), "prompt": q["question"]})
-        for q in QUESTIONS[:n]
-    )
-    done = run(program, bundle, "--lines", "--no-hashes", *arguments, input=lines, **options)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == n
-    return [
-        {key: value for key, value in each.items() if not key.endswith(("_ms", "_token"))} for each in found
-    ]
-
-
 @pytest.mark.parametrize("how", ["--no-cuda-graphs", "graphs"])
 @pytest.mark.parametrize("kind", ["quarter", "dense", "strict", "float16"])
 def test_answers_are_onnx_runtimes(kind, how, build, bundles, engines):
     program = build / "skipvision-run"
     arguments = () if how == "graphs" else (how,)
-    expected = answers(program, bundles[kind])
-    assert answers(program, bundles[kind], "--engines", engines(kind), *arguments) == expected
+    expected = double.answers(program, bundles[kind])
+    assert double.answers(program, bundles[kind], "--engines", engines(kind), *arguments) == expected
 
 
 LONG = ("--max-new-tokens", 150)
@@ -129,7 +109,7 @@ LONG = ("--max-new-tokens", 150)
 
 @pytest.fixture(scope="session")
 def long_answers(build, bundles):
-    return answers(build / "skipvision-run", bundles["endless"], *LONG, n=3)
+    return double.answers(build / "skipvision-run", bundles["endless"], *LONG, n=3)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +119,7 @@ def test_long_answers(how, words, captures, build, bundles, engines, long_answer
     """Through each size of the cache; a graph for each, only logits come back to the host."""
     arguments = (*LONG, "--engines", engines("endless"), *filter(None, [how]))
     program, bundle = build / "skipvision-run", bundles["endless"]
-    found = answers(program, bundle, *arguments, n=3, words=words, report=tmp_path / "report")
+    found = double.answers(program, bundle, *arguments, n=3, words=words, report=tmp_path / "report")
     assert found == long_answers
     report = json.loads((tmp_path / "report").read_text())
     assert report["captures"] == captures
@@ -152,7 +132,7 @@ def test_long_answers(how, words, captures, build, bundles, engines, long_answer
 def test_several_profiles(build, bundles, engines, long_answers):
     arguments = (*LONG, "--engines", engines("endless", TWO_PROFILES))
     for how in ((), ("--no-cuda-graphs",)):
-        found = answers(build / "skipvision-run", bundles["endless"], *arguments, *how, n=3)
+        found = double.answers(build / "skipvision-run", bundles["endless"], *arguments, *how, n=3)
         assert found == long_answers
 
 
@@ -162,11 +142,32 @@ def test_batches(how, build, bundles, engines, long_answers):
     for most in (4, 2):
         folder = engines("endless", f"[[profiles]]\nbatch = [1, 2, {most}]")
         arguments = (*LONG, "--batch", 4, "--engines", folder, *filter(None, [how]))
-        assert answers(build / "skipvision-run", bundles["endless"], *arguments, n=3) == long_answers
+        assert double.answers(build / "skipvision-run", bundles["endless"], *arguments, n=3) == long_answers
+
+
+def test_tiles(build, engines, bundles, tmp_path):
+    """Pictures of as many tiles in one run of the vision encoder, others one after the other."""
+    config = SkipVisionConfig.counts(64, 40, summaries=True, selector="thumbnail", tiled=True)
+    source = resolve_model(write_tiny_next(tmp_path / "model"))
+    bundles["tiles"] = trace_model(source).write(tmp_path / "bundle", config).folder
+    lines = []
+    for size in [(200, 90), (90, 220), (180, 180), (300, 90)]:
+        Image.open(PICTURE).resize(size).save(tmp_path / f"{size}.png")
+        lines.append(json.dumps({"image": str(tmp_path / f"{size}.png"), "prompt": "What"}))
+    arguments = (bundles["tiles"], "--lines", "--max-new-tokens", 20, "--batch")
+    folder = engines("tiles", "[[profiles]]\nbatch = [1, 2, 4]")
+    for batch in (1, 4):
+        expected, found = (
+            double.run(build / "skipvision-run", *arguments, batch, *own, input="\n".join(lines))
+            for own in ((), ("--engines", folder))
+        )
+        assert found.returncode == 0, found.stderr[-3000:]
+        ids = [json.loads(line)["token_ids"] for line in found.stdout.splitlines()]
+        assert ids == [json.loads(line)["token_ids"] for line in expected.stdout.splitlines()]
 
 
 def test_two_threads(bundles, engines, probe):
-    prompts = [q["question"] for q in QUESTIONS[:8]]
+    prompts = [q["question"] for q in questions(8)]
     request = {"bundle": str(bundles["quarter"]), "image": str(PICTURE), "prompts": prompts}
     expected = ask(probe, "threads", **request)
     assert ask(probe, "threads", engines=str(engines("quarter")), **request) == expected
@@ -226,7 +227,7 @@ def test_a_broken_twin_is_caught(name, build, bundles, engines, long_answers, tm
     arguments = (*LONG, "--engines", engines("endless"))
     for how in ((), ("--no-cuda-graphs",)):
         try:
-            if answers(program, bundles["endless"], *arguments, *how, n=3) != long_answers:
+            if double.answers(program, bundles["endless"], *arguments, *how, n=3) != long_answers:
                 return
         except AssertionError:  # a sanitizer's report, or the stand-in's
             return
@@ -269,7 +270,6 @@ DAMAGES = {
         lambda e: alter(e, lambda m: m.update(route="trt-rtx")),
         "route: is trt-rtx: TensorRT-RTX's engines need its own runtime",
     ),
-    "unknown route": (lambda e: alter(e, lambda m: m.update(route="x")), "expected tensorrt"),
     "another bundle": (
         lambda e: alter(e, lambda m: m["bundle"].update(sha256="0" * 64)),
         "bundle.sha256: the engines were built from another bundle",
@@ -310,25 +310,27 @@ def test_a_damaged_folder_is_one_line(damage, build, bundles, engines, tmp_path)
     change, part = DAMAGES[damage]
     folder = shutil.copytree(engines("quarter"), tmp_path / "engines")
     change(folder)
-    one_line(run(build / "skipvision-run", *asks(bundles["quarter"], folder)), part)
+    one_line(double.run(build / "skipvision-run", *asks(bundles["quarter"], folder)), part)
 
 
 def test_what_fits_no_profile_is_one_line(build, bundles, engines):
     folder = engines("quarter", "[[profiles]]\ntext = [1, 8, 9]\nprompt = [1, 30, 31]\nkept = [1, 20, 31]")
-    done = run(build / "skipvision-run", *asks(bundles["quarter"], folder))
+    done = double.run(build / "skipvision-run", *asks(bundles["quarter"], folder))
     one_line(done, "input_ids [1, ")
     assert "is outside [[1, 1], [1, 31]] in every profile" in done.stderr
 
 
 def test_an_answer_beyond_every_profile_is_one_line(build, bundles, engines):
     folder = engines("endless", "[[profiles]]\ntext = [1, 64, 90]\nnew_tokens = 5")
-    done = run(build / "skipvision-run", *asks(bundles["endless"], folder, *LONG, "--no-hashes"))
+    done = double.run(build / "skipvision-run", *asks(bundles["endless"], folder, *LONG, "--no-hashes"))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "attention_mask" in done.stderr and "in every profile" in done.stderr
 
 
 def test_no_gpu(build, bundles, engines):
-    done = run(build / "skipvision-run", *asks(bundles["quarter"], engines("quarter")), words="no-device")
+    done = double.run(
+        build / "skipvision-run", *asks(bundles["quarter"], engines("quarter")), words="no-device"
+    )
     one_line(done, "no NVIDIA GPU here (no CUDA-capable device is detected)")
 
 
@@ -362,17 +364,17 @@ def plugins(headers, tmp_path_factory):
 def test_a_wrong_plugin_is_one_line(name, part, build, bundles, engines, plugins):
     folder = engines("quarter", plugin=True)
     arguments = asks(bundles["quarter"], folder, "--plugin", plugins / f"{name}.so")
-    one_line(run(build / "skipvision-run", *arguments), part)
+    one_line(double.run(build / "skipvision-run", *arguments), part)
 
 
 def test_the_plugin(build, bundles, engines, plugins):
     folder, program = engines("quarter", plugin=True), build / "skipvision-run"
-    expected = answers(program, bundles["quarter"], n=2)
+    expected = double.answers(program, bundles["quarter"], n=2)
     arguments = ("--engines", folder, "--plugin", plugins / "good.so")
-    assert answers(program, bundles["quarter"], *arguments, n=2) == expected
-    one_line(run(program, *asks(bundles["quarter"], folder)), "libskipvision_kv_prune.so is no file")
+    assert double.answers(program, bundles["quarter"], *arguments, n=2) == expected
+    one_line(double.run(program, *asks(bundles["quarter"], folder)), "libskipvision_kv_prune.so is no file")
     shutil.copy(plugins / "good.so", folder / "libskipvision_kv_prune.so")
-    assert answers(program, bundles["quarter"], *arguments[:2], n=2) == expected
+    assert double.answers(program, bundles["quarter"], *arguments[:2], n=2) == expected
 
 
 def test_the_real_library_finds_no_gpu(headers, library, bundles, engines, tmp_path):
@@ -390,7 +392,7 @@ def test_the_real_library_finds_no_gpu(headers, library, bundles, engines, tmp_p
         pytest.skip(f"needs {cudart}")
     options = double.tensorrt_options(headers, found[0], cudart)
     build = configure_and_build(tmp_path / "build", library, *options, targets=("skipvision-run",))
-    done = run(build / "skipvision-run", *asks(bundles["quarter"], engines("quarter")))
+    done = double.run(build / "skipvision-run", *asks(bundles["quarter"], engines("quarter")))
     if done.returncode == 0 or "no NVIDIA GPU here" not in done.stderr:
         pytest.skip("there is a GPU here")
     one_line(done, "no NVIDIA GPU here")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from skipvision_export.bundle import Manifest
 from skipvision_export.config import SkipVisionConfig
 from skipvision_export.errors import ConfigError
-from skipvision_export.runtime.generation import prefill_indices
+from skipvision_export.runtime.batch import PromptBatch, prefill_indices
 from skipvision_export.tensorrt.profiles import shapes, sizes
 from skipvision_export.tensorrt.recipe import ProfileSettings
 
@@ -23,10 +23,10 @@ def test_sizes_are_those_of_the_generation_loop(manifest):
     found = sizes(ProfileSettings(text=(1, 20, 40)), manifest, 512)
     image = manifest.model.image_token_id
     ids = np.array([[image] * manifest.layout.total + [9] * 20])
-    rows, keep = prefill_indices(ids, image, manifest.layout)
+    fed = prefill_indices(PromptBatch.join([ids], image), image, manifest.layout)
     assert found.prompt[1] == ids.shape[1]
-    assert found.kept[1] == keep.shape[1]
-    assert {tier: size[1] for tier, size in found.ffn.items()} == {t: len(r) for t, r in rows.items()}
+    assert found.kept[1] == fed.kv_keep.shape[1]
+    assert {tier: size[1] for tier, size in found.ffn.items()} == {t: len(r) for t, r in fed.ffn_rows.items()}
 
 
 def test_policies_have_a_size_for_each_tier(finetuned, tmp_path):

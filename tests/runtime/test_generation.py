@@ -7,7 +7,7 @@ from PIL import Image
 from skipvision_export import Bundle
 from skipvision_export.config import SkipVisionConfig
 from skipvision_export.errors import InputError
-from skipvision_export.runtime.generation import prefill_indices
+from skipvision_export.runtime.batch import PromptBatch, prefill_indices
 from skipvision_export.runtime.prompt import PromptInputs, load_image, resize_placeholders
 
 
@@ -57,9 +57,9 @@ def test_answer_has_the_contract_keys(bundle, picture):
 def test_indices():
     layout = SkipVisionConfig.counts(1, 2).layout(3)
     ids = np.array([[7, 3, 3, 3, 8, 9]])
-    ffn, keep = prefill_indices(ids, 3, layout)
-    assert {tier: rows.tolist() for tier, rows in ffn.items()} == {1: [0, 1, 4, 5]}
-    assert keep.tolist() == [[0, 1, 4, 5]]
+    found = prefill_indices(PromptBatch.join([ids], 3), 3, layout)
+    assert {tier: rows.tolist() for tier, rows in found.ffn_rows.items()} == {1: [0, 1, 4, 5]}
+    assert found.kv_keep.tolist() == [[0, 1, 4, 5]]
 
 
 def test_each_picture_gets_the_layout_s_placeholders():

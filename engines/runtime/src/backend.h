@@ -12,7 +12,8 @@ namespace skipvision {
 
 /// What the graphs take of one prompt.
 struct ModelInput {
-  std::vector<float> pixels;  // [1, 3, height, width]
+  std::vector<float> pixels;  // [1, 3, height, width], where tiled [1, crops, 3, height, width]
+  std::int64_t crops = 0;     // 0 where pictures are not cut into tiles
   std::int64_t height = 0;
   std::int64_t width = 0;
   std::vector<std::int64_t> ids;  // one placeholder for each visual token of the layout

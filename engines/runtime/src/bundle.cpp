@@ -37,7 +37,15 @@ std::unique_ptr<const Backend> make_backend(const std::filesystem::path& folder,
         manifest.name +
         ": dtype: is bfloat16, which ONNX Runtime has no CPU kernels for; export again with "
         "--dtype float32 or float16, or run its engines");
-  return std::make_unique<OrtBackend>(folder, manifest, options.threads);
+  return std::make_unique<OrtBackend>(folder, manifest, OrtOptions{options.threads});
+}
+
+ImageProcessor processor_of(const Manifest& manifest, const std::filesystem::path& folder) {
+  ImageProcessor processor = ImageProcessor::load(folder);
+  if (processor.tiled() != manifest.tiled)
+    throw Error(manifest.name + ": model.tiled is " + (manifest.tiled ? "true" : "false") +
+                ", the image processor's configuration says otherwise; export again");
+  return processor;
 }
 
 struct Question {
@@ -81,7 +89,7 @@ struct Bundle::Parts {
   Parts(const std::filesystem::path& folder, const BundleOptions& options)
       : manifest(checked(folder, options)),
         tokenizer(Document(folder / "tokenizer.json", "export again")),
-        processor(ImageProcessor::load(folder)),
+        processor(processor_of(manifest, folder)),
         prompt(manifest, tokenizer),
         ends(end_tokens(folder, tokenizer)),
         positions(max_positions(folder)),
@@ -122,6 +130,8 @@ ModelInput Bundle::Parts::prepare(const Picture& picture, std::string_view quest
   input.pixels = processor(picture);
   input.height = processor.height();
   input.width = processor.width();
+  if (processor.tiled())
+    input.crops = static_cast<std::int64_t>(input.pixels.size()) / (3 * input.height * input.width);
   return input;
 }
 

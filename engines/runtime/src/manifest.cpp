@@ -101,9 +101,7 @@ Manifest Manifest::parse(const Document& document) {
   Manifest manifest;
   manifest.name = document.name();
   Field model = root.at("model");
-  if (model.flag_or("tiled", false))
-    model.at("tiled").fail(
-        "models that cut pictures into tiles run in Python only; use `skipvision generate`");
+  manifest.tiled = model.flag_or("tiled", false);
   manifest.num_layers = static_cast<int>(model.at("num_layers").integer(1, 10000));
   manifest.hidden_size = model.at("hidden_size").integer(1);
   manifest.vocab_size = model.at("vocab_size").integer(1);

@@ -61,7 +61,8 @@ struct Manifest {
   int num_layers = 0;
   std::int64_t hidden_size = 0;
   std::int64_t vocab_size = 0;
-  std::int64_t visual_tokens = 0;
+  std::int64_t visual_tokens = 0;  // of one crop
+  bool tiled = false;              // an image is a thumbnail and tiles
   std::int64_t image_token_id = 0;
   std::string dtype;
   bool references = false;  // has weights in links to the model's own files

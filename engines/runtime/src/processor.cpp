@@ -22,6 +22,21 @@ std::array<float, 3> channels(const Field& config, const char* name,
   return values;
 }
 
+/// [[height, width], ..], each of whole tiles.
+std::vector<Size> read_grids(const Field& field, int tile) {
+  std::vector<Size> grids;
+  for (const Field& item : field.items()) {
+    auto sides = item.items();
+    if (sides.size() != 2) item.fail("expected [height, width]");
+    Size grid{side(sides[0]), side(sides[1])};
+    if (grid.height % tile != 0 || grid.width % tile != 0)
+      item.fail("expected multiples of the crop's height, " + std::to_string(tile));
+    grids.push_back(grid);
+  }
+  if (grids.empty()) field.fail("is empty");
+  return grids;
+}
+
 }  // namespace
 
 ImageProcessor ImageProcessor::load(const std::filesystem::path& folder) {
@@ -38,10 +53,15 @@ ImageProcessor ImageProcessor::load(const std::filesystem::path& folder) {
 
 ImageProcessor::ImageProcessor(const Field& config) {
   std::string type = config.at("image_processor_type").text();
-  if (type != "CLIPImageProcessor" && type != "CLIPImageProcessorPil" &&
-      type != "CLIPImageProcessorFast")
-    config.at("image_processor_type").fail("'" + type + "' is not supported, only CLIP's is");
-  if (config.has("do_pad") && config.at("do_pad").flag())
+  auto is = [&](const std::string& name) {
+    return type == name || type == name + "Pil" || type == name + "Fast";
+  };
+  bool tiles = is("LlavaNextImageProcessor");
+  if (!tiles && !is("CLIPImageProcessor"))
+    config.at("image_processor_type")
+        .fail("'" + type + "' is not supported, only CLIP's and LLaVA-NeXT's are");
+  // LLaVA-NeXT's pads batches, which have no padding here.
+  if (!tiles && config.has("do_pad") && config.at("do_pad").flag())
     config.at("do_pad").fail("is not supported");
   if (config.has("resample") && config.at("resample").integer() != kBicubic)
     config.at("resample").fail("expected 3, bicubic; others are not supported");
@@ -64,6 +84,7 @@ ImageProcessor::ImageProcessor(const Field& config) {
     crop_height_ = side(crop.is_object() ? crop.at("height") : crop);
     crop_width_ = side(crop.is_object() ? crop.at("width") : crop);
   }
+  if (tiles) grids_ = read_grids(config.at("image_grid_pinpoints"), crop_height_);
   rescale_ = config.flag_or("do_rescale", true);
   normalize_ = config.flag_or("do_normalize", true);
   if (config.has("rescale_factor")) factor_ = config.at("rescale_factor").number();
@@ -90,13 +111,27 @@ std::vector<float> ImageProcessor::operator()(const Picture& picture) const {
   auto expected = std::size_t{3} * std::max(picture.width, 0) * std::max(picture.height, 0);
   if (expected == 0 || picture.rgb.size() != expected)
     throw Error("the picture is empty, or its pixels are not width x height x 3");
+  std::vector<float> values;
+  if (!tiled()) {
+    append(picture, values);
+    return values;
+  }
+  bool exact = shortest_edge_ == 0;
+  append(resize_bicubic(picture, exact ? resize_width_ : shortest_edge_,
+                        exact ? resize_height_ : shortest_edge_),
+         values);
+  for (const Picture& tile : cut_tiles(picture, best_grid(picture, grids_), crop_height_))
+    append(tile, values);
+  return values;
+}
+
+void ImageProcessor::append(const Picture& picture, std::vector<float>& values) const {
   Picture scaled = resized(picture);
   auto offset = [](int from, int to) {  // floor((from - to) / 2)
     return from >= to ? (from - to) / 2 : -((to - from + 1) / 2);
   };
   int top = offset(scaled.height, crop_height_), left = offset(scaled.width, crop_width_);
-  std::vector<float> values;
-  values.reserve(std::size_t{3} * crop_height_ * crop_width_);
+  values.reserve(values.size() + std::size_t{3} * crop_height_ * crop_width_);
   for (int c = 0; c < 3; ++c)
     for (int y = top; y < top + crop_height_; ++y)
       for (int x = left; x < left + crop_width_; ++x) {
@@ -106,7 +141,6 @@ std::vector<float> ImageProcessor::operator()(const Picture& picture) const {
         float value = static_cast<float>(rescale_ ? byte * factor_ : byte);
         values.push_back(normalize_ ? (value - mean_[c]) / std_[c] : value);
       }
-  return values;
 }
 
 }  // namespace skipvision

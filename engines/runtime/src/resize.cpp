@@ -72,21 +72,31 @@ Picture blank(int width, int height) {
   return {width, height, std::vector<std::uint8_t>(std::size_t{3} * width * height)};
 }
 
+Picture resize_width(const Picture& picture, int width) {
+  if (width == picture.width) return picture;
+  Picture result = blank(width, picture.height);
+  resample(picture.rgb.data(), 3, std::ptrdiff_t{3} * picture.width, result.rgb.data(), 3,
+           std::ptrdiff_t{3} * width, picture.height, windows(picture.width, width));
+  return result;
+}
+
+Picture resize_height(const Picture& picture, int height) {
+  if (height == picture.height) return picture;
+  Picture result = blank(picture.width, height);
+  std::ptrdiff_t row = std::ptrdiff_t{3} * picture.width;
+  resample(picture.rgb.data(), row, 3, result.rgb.data(), row, 3, picture.width,
+           windows(picture.height, height));
+  return result;
+}
+
 }  // namespace
 
 Picture resize_bicubic(const Picture& picture, int width, int height) {
-  Picture wide = picture;
-  if (width != picture.width) {
-    wide = blank(width, picture.height);
-    resample(picture.rgb.data(), 3, std::ptrdiff_t{3} * picture.width, wide.rgb.data(), 3,
-             std::ptrdiff_t{3} * width, picture.height, windows(picture.width, width));
-  }
-  if (height == picture.height) return wide;
-  Picture result = blank(width, height);
-  std::ptrdiff_t row = std::ptrdiff_t{3} * width;
-  resample(wide.rgb.data(), row, 3, result.rgb.data(), row, 3, width,
-           windows(picture.height, height));
-  return result;
+  int shorter = picture.height - height, narrower = picture.width - width;
+  // Pillow's order, which shows where values are rounded between the passes.
+  bool height_first = shorter > 0 && shorter > std::int64_t{2} * narrower;
+  return height_first ? resize_width(resize_height(picture, height), width)
+                      : resize_height(resize_width(picture, width), height);
 }
 
 }  // namespace skipvision

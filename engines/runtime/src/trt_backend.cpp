@@ -31,6 +31,18 @@ void write_pixels(const std::vector<float>& values, const std::string& dtype, vo
     std::copy(values.begin(), values.end(), static_cast<float*>(to));
 }
 
+/// The pictures as tensors: one where they have as many crops each, else one for each.
+std::vector<std::vector<float>> together(const std::vector<ModelInput>& inputs) {
+  bool alike = std::all_of(inputs.begin(), inputs.end(),
+                           [&](const ModelInput& input) { return input.crops == inputs[0].crops; });
+  std::vector<std::vector<float>> all(alike ? 1 : inputs.size());
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    auto& to = all[alike ? 0 : i];
+    to.insert(to.end(), inputs[i].pixels.begin(), inputs[i].pixels.end());
+  }
+  return all;
+}
+
 class TrtBackend : public Backend {
  public:
   TrtBackend(const Manifest& manifest, EnginesManifest engines, const BundleOptions& options)
@@ -62,6 +74,8 @@ class TrtBackend : public Backend {
   /// next graph.
   static TrtInput run(Execution& graph, const std::vector<TrtInput>& inputs,
                       const std::string& output, cuda::Buffer& buffer, const Lane& lane);
+  /// Features of all pictures, [pictures, V, D].
+  static TrtInput encode(const std::vector<TrtInput>& pictures, Lane& lane);
 
   const Manifest& manifest_;
   EnginesManifest engines_manifest_;
@@ -98,6 +112,23 @@ TrtInput TrtBackend::run(Execution& graph, const std::vector<TrtInput>& inputs,
   return {output, sizes, buffer.data(), nullptr};
 }
 
+TrtInput TrtBackend::encode(const std::vector<TrtInput>& pictures, Lane& lane) {
+  constexpr char kFeatures[] = "image_features";
+  if (pictures.size() == 1) return run(lane.vision, pictures, kFeatures, lane.features, lane);
+  TrtInput all;
+  for (std::size_t i = 0; i < pictures.size(); ++i) {
+    all = run(lane.vision, {pictures[i]}, kFeatures, lane.picture, lane);
+    std::size_t bytes = count_of(all.sizes) * bytes_of(lane.vision.info().dtype(kFeatures));
+    lane.features.reserve(bytes * pictures.size());
+    cuda::check(cudaMemcpyAsync(lane.features.data() + i * bytes, lane.picture.data(), bytes,
+                                cudaMemcpyDeviceToDevice, lane.stream),
+                "copy of the features");
+  }
+  all.sizes[0] = static_cast<std::int64_t>(pictures.size());
+  all.device = lane.features.data();
+  return all;
+}
+
 std::unique_ptr<Sequence> TrtBackend::prefill(const std::vector<ModelInput>& inputs) const {
   cuda::DeviceScope scope(device_);
   PromptBatch batch = batch_prompts(inputs, manifest_.image_token_id, manifest_.layout);
@@ -120,7 +151,15 @@ std::unique_ptr<Sequence> TrtBackend::prefill(const std::vector<ModelInput>& inp
   if (manifest_.graph("decoder_prefill").has_input("image_index"))
     add(prefill, "image_index", batch.image_index, shape);
   const std::string& pixels = engines_.vision.info.dtype("pixel_values");
-  tensors.push_back({{"pixel_values", pixels}, {batch.rows, 3, inputs[0].height, inputs[0].width}});
+  std::vector<std::vector<float>> pictures = together(inputs);
+  for (const auto& each : pictures) {
+    const ModelInput& first = inputs[0];
+    auto size = static_cast<std::int64_t>(each.size()) / (3 * first.height * first.width);
+    auto count = static_cast<std::int64_t>(inputs.size() / pictures.size());
+    Sizes sizes{count, 3, first.height, first.width};
+    if (first.crops > 0) sizes.insert(sizes.begin() + 1, size / count);
+    tensors.push_back({{"pixel_values", pixels}, sizes});
+  }
 
   LaneHold hold = take_lane();
   Lane& lane = *hold;
@@ -128,14 +167,13 @@ std::unique_ptr<Sequence> TrtBackend::prefill(const std::vector<ModelInput>& inp
   std::vector<TrtInput> sent = lane.prompt.lay_out(tensors);
   for (std::size_t i = 0; i < values.size(); ++i)
     std::copy(values[i]->begin(), values[i]->end(), static_cast<std::int64_t*>(sent[i].host));
-  std::vector<float> picture;
-  for (const ModelInput& input : inputs)
-    picture.insert(picture.end(), input.pixels.begin(), input.pixels.end());
-  write_pixels(picture, pixels, sent.back().host);
+  auto first_picture = sent.begin() + static_cast<std::ptrdiff_t>(values.size());
+  for (std::size_t i = 0; i < pictures.size(); ++i)
+    write_pixels(pictures[i], pixels, sent[values.size() + i].host);
   lane.prompt.send(lane.stream);
 
-  TrtInput features = run(lane.vision, {sent.back()}, "image_features", lane.features, lane);
-  std::vector<TrtInput> all(sent.begin() + 1, sent.end() - 1);
+  TrtInput features = encode({first_picture, sent.end()}, lane);
+  std::vector<TrtInput> all(sent.begin() + 1, first_picture);
   all.push_back(run(lane.embed, {sent[0], features}, "inputs_embeds", lane.prompt_embeds, lane));
   lane.prefill.set_inputs(all, lane.stream);
   for (std::size_t i = 0; i < lane.cache.size(); ++i)

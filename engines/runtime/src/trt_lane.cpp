@@ -24,12 +24,15 @@ void widen(const std::byte* data, std::vector<float>& values) {
   }
 }
 
-std::vector<CacheNames> cache_names(const EngineInfo& prefill) {
+std::vector<CacheNames> cache_names(const EngineInfo& prefill, const EngineInfo& decode) {
   std::vector<CacheNames> names;
-  for (const TensorInfo& output : prefill.outputs)
-    if (output.name.rfind(kPresent, 0) == 0)
-      names.push_back(
-          {"past_key_values." + output.name.substr(std::strlen(kPresent)), output.name});
+  for (const TensorInfo& output : prefill.outputs) {
+    if (output.name.rfind(kPresent, 0) != 0) continue;
+    std::string past = "past_key_values." + output.name.substr(std::strlen(kPresent));
+    if (decode.largest(past, 3) == 0)
+      throw Error(decode.graph + ": the engine takes no " + past + " of four axes; build again");
+    names.push_back({past, output.name});
+  }
   if (names.empty()) throw Error(prefill.graph + ": the engine gives no K/V; build again");
   return names;
 }
@@ -107,7 +110,7 @@ Lane::Lane(const TrtEngines& engines)
       prefill(engines.prefill, scratch, engines.scratch_bytes()),
       embed_token(engines.embed, scratch, engines.scratch_bytes()),
       decode(engines.decode, scratch, engines.scratch_bytes()),
-      cache(cache_names(engines.prefill.info)),
+      cache(cache_names(engines.prefill.info, engines.decode.info)),
       past(cache.size()),
       present(cache.size()) {}
 

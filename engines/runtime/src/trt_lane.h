@@ -69,7 +69,7 @@ struct Lane {
   Execution embed_token, decode;
   Upload prompt, token;
   Download scores;
-  cuda::Buffer features, prompt_embeds, prompt_logits, token_embeds, logits;
+  cuda::Buffer picture, features, prompt_embeds, prompt_logits, token_embeds, logits;
   std::vector<CacheNames> cache;
   std::vector<cuda::Buffer> past, present;
 

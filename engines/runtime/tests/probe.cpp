@@ -4,6 +4,7 @@
 #include <iostream>
 #include <thread>
 
+#include "ort_backend.h"
 #include "processor.h"
 #include "tokenizer.h"
 
@@ -36,7 +37,8 @@ json decode(const json& request) {
   return all;
 }
 
-/// {"folder": BUNDLE, "images": [..], "out": FILE}: their float32 tensors, one behind the other.
+/// {"folder": BUNDLE, "images": [..], "out": FILE}: their float32 tensors, one behind the other
+/// -> height, width.
 json pixels(const json& request) {
   auto processor = skipvision::ImageProcessor::load(request["folder"].get<std::string>());
   std::ofstream out(request["out"].get<std::string>(), std::ios::binary);
@@ -92,6 +94,69 @@ json nested(const json& request) {
           bundle.generate(picture, inner).text};
 }
 
+/// {"bundle": .., "pixels": FILE of float32 [N, 3, side, side], "side": .., "prompts": N lists of
+/// ids, "tokens": N lists of ids to go on with, "batches": lists of prompts, "out": FILE} -> logits
+/// in float32, of each batch those of its rows after prefill, then after each step.
+json logits(const json& request) {
+  std::filesystem::path folder = request["bundle"].get<std::string>();
+  auto manifest = skipvision::Manifest::load(folder);
+  skipvision::OrtBackend backend(folder, manifest, {1});
+  std::string pixels = skipvision::read_file(request["pixels"].get<std::string>());
+  auto side = request["side"].get<std::int64_t>();
+  std::vector<skipvision::ModelInput> prompts;
+  for (const json& ids : request["prompts"]) {
+    std::size_t count = 3 * side * side;
+    auto* first = reinterpret_cast<const float*>(pixels.data()) + prompts.size() * count;
+    prompts.push_back({{first, first + count}, 0, side, side, ids});
+  }
+  std::vector<std::vector<std::int64_t>> tokens = request["tokens"];
+  std::ofstream out(request["out"].get<std::string>(), std::ios::binary);
+  for (const std::vector<std::size_t> batch : request["batches"]) {
+    std::vector<skipvision::ModelInput> inputs;
+    std::vector<std::int64_t> next, positions;
+    for (std::size_t i : batch) {
+      inputs.push_back(prompts.at(i));
+      positions.push_back(static_cast<std::int64_t>(prompts[i].ids.size()));
+    }
+    auto sequence = backend.prefill(inputs);
+    for (std::size_t step = 0;; ++step) {
+      for (std::size_t row = 0; row < batch.size(); ++row) {
+        skipvision::Logits values = sequence->logits(row);
+        out.write(reinterpret_cast<const char*>(values.data),
+                  static_cast<std::streamsize>(values.size * sizeof(float)));
+      }
+      if (step == tokens.at(batch[0]).size()) break;
+      next.clear();
+      for (std::size_t i : batch) next.push_back(tokens.at(i).at(step));
+      sequence->step(next, positions);
+      for (auto& position : positions) ++position;
+    }
+  }
+  return true;
+}
+
+/// {"bundle": .., "ids": [..], "side": .., "steps": .., "share": ..}: prefill, then so many decode
+/// steps; without one, decode's session is not created -> peak resident memory in KiB.
+json peak(const json& request) {
+  std::filesystem::path folder = request["bundle"].get<std::string>();
+  auto manifest = skipvision::Manifest::load(folder);
+  skipvision::OrtBackend backend(folder, manifest, {1, request["share"].get<bool>(), false});
+  auto side = request["side"].get<std::int64_t>();
+  std::vector<skipvision::ModelInput> inputs(1);
+  inputs[0] = {std::vector<float>(3 * side * side, 0.5F), 0, side, side, request["ids"]};
+  auto position = static_cast<std::int64_t>(inputs[0].ids.size());
+  int steps = request["steps"].get<int>();
+  if (steps == 0) backend.run_prefill(inputs);
+  if (steps > 0) {
+    auto sequence = backend.prefill(inputs);
+    for (int step = 0; step < steps; ++step) sequence->step({inputs[0].ids[0]}, {position++});
+  }
+  std::ifstream status("/proc/self/status");
+  for (std::string word; status >> word;)
+    if (long kib = 0; word == "VmHWM:" && status >> kib) return kib;
+  return nullptr;
+}
+
 }  // namespace
 
 int main() {
@@ -102,6 +167,8 @@ int main() {
                   : what == "decode" ? decode(request)
                   : what == "pixels" ? pixels(request)
                   : what == "nested" ? nested(request)
+                  : what == "logits" ? logits(request)
+                  : what == "peak"   ? peak(request)
                                      : threads(request);
     std::cout << answer.dump() << "\n";
     return 0;

@@ -5,6 +5,7 @@
 #include <iostream>
 #include <limits>
 
+#include "batch.h"
 #include "layout.h"
 #include "manifest.h"
 #include "resize.h"
@@ -160,6 +161,31 @@ void test_layout() {
       "ffn_index.2");
 }
 
+void test_batch() {
+  Layout layout;
+  for (auto [role, count] : {std::pair{"retained", 1}, {"skipped", 2}}) {
+    layout.runs.emplace_back();
+    set_role(layout.runs.back(), role);
+    layout.runs.back().count = count;
+  }
+  using Ints = std::vector<std::int64_t>;
+  PromptBatch batch =
+      batch_prompts({{{}, 0, 0, 0, {9, 9, 9, 5}}, {{}, 0, 0, 0, {7, 8, 9, 9, 9, 6}}}, 9, layout);
+  check(batch.rows == 2 && batch.length == 6 && batch.kept == 4, "sizes of a batch");
+  check(batch.padding == Ints{2, 0}, "padding");
+  check(batch.ids == Ints{0, 0, 9, 9, 9, 5, 7, 8, 9, 9, 9, 6}, "padded ids");
+  check(batch.mask == Ints{0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}, "attention_mask");
+  check(batch.positions == Ints{0, 0, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5}, "position_ids");
+  check(batch.ffn_rows == std::vector<Ints>{{2, 5, 6, 7, 8, 11}}, "ffn_index of a batch");
+  check(batch.kv_keep == Ints{0, 1, 2, 5, 0, 1, 2, 5}, "kv_keep_index of a batch");
+  check(batch.image_index == Ints{0, 0, 1, -1, -1, 0, 0, 0, 1, -1, -1, 0}, "image_index");
+  check(batch_prompts({{{}, 0, 0, 0, {0, 5}}, {{}, 0, 0, 0, {0}}}, 0, layout).ids[2] == 1,
+        "filler");
+  check_error("numbers of pictures", [&] {
+    batch_prompts({{{}, 0, 0, 0, {9, 9, 9}}, {{}, 0, 0, 0, {7}}}, 9, layout);
+  });
+}
+
 void test_manifest_errors() {
   auto read = [](const std::string& text) {
     return [text] { Manifest::parse(Document(text, "skipvision.json", "again")); };
@@ -167,7 +193,6 @@ void test_manifest_errors() {
   check_error("skipvision.json: schema_version: is missing", read("{}"));
   check_error("schema_version: is 2", read(R"({"schema_version": 2})"));
   check_error("skipvision.json: model.num_layers", read(R"({"schema_version": 1, "model": {}})"));
-  check_error("model.tiled", read(R"({"schema_version": 1, "model": {"tiled": true}})"));
   check_error("no ONNX graph", [] { external_tensors("\x3A\xFF", "x.onnx"); });
 }
 
@@ -175,7 +200,7 @@ void test_manifest_errors() {
 
 int main() {
   for (auto test : {test_utf8, test_streaming, test_tokenizer_refuses, test_sampling, test_resize,
-                    test_layout, test_manifest_errors})
+                    test_layout, test_batch, test_manifest_errors})
     test();
   if (failures == 0) std::cout << "all unit tests passed\n";
   return failures == 0 ? 0 : 1;

@@ -50,13 +50,15 @@ json to_json(const skipvision::Answer& answer) {
           {"decode_ms_per_token", s.decode_ms_per_token}};
 }
 
-/// Medians over rounds, after one that is not counted.
+/// Medians over rounds, after one that is not counted, of as many requests at once as --batch says.
 json bench(const skipvision::Bundle& bundle, const skipvision::Picture& picture,
            const Arguments& arguments) {
+  std::vector<skipvision::Request> requests(std::max(arguments.options.max_batch, 1),
+                                            {picture, arguments.prompt});
   std::vector<double> prepare, first, steps, outside;
   int tokens = 0;
   for (int round = 0; round <= arguments.rounds; ++round) {
-    auto answer = bundle.generate(picture, arguments.prompt, arguments.options);
+    auto answer = bundle.generate(requests, arguments.options).front();
     if (round == 0) continue;
     const auto& s = answer.statistics;
     prepare.push_back(s.prepare_ms);
@@ -65,9 +67,13 @@ json bench(const skipvision::Bundle& bundle, const skipvision::Picture& picture,
     outside.insert(outside.end(), s.outside_ms.begin(), s.outside_ms.end());
     tokens = static_cast<int>(answer.token_ids.size());
   }
-  return {{"rounds", arguments.rounds},           {"new_tokens", tokens},
-          {"prepare_ms", median(prepare)},        {"ttft_ms", median(first)},
-          {"decode_ms_per_token", median(steps)}, {"outside_ms_per_token", median(outside)},
+  return {{"rounds", arguments.rounds},
+          {"batch", requests.size()},
+          {"new_tokens", tokens},
+          {"prepare_ms", median(prepare)},
+          {"ttft_ms", median(first)},
+          {"decode_ms_per_token", median(steps)},
+          {"outside_ms_per_token", median(outside)},
           {"peak_rss_mb", peak_rss_mb()}};
 }
 
@@ -135,7 +141,8 @@ int main(int argc, char** argv) {
   app.add_option("--top-k", arguments.options.top_k, "Of the K likeliest tokens; 0 for all");
   app.add_option("--top-p", arguments.options.top_p, "Of the likeliest that reach P");
   app.add_option("--seed", arguments.options.seed, "Of the sampling");
-  app.add_option("--batch", arguments.options.max_batch, "Requests of --lines that run together");
+  app.add_option("--batch", arguments.options.max_batch,
+                 "Requests of --lines or --bench that run together");
   app.add_option("--threads", arguments.bundle_options.threads, "0 lets ONNX Runtime choose");
   app.add_option("--engines", arguments.bundle_options.engines,
                  "Run the engines in this folder, of `skipvision build`, in TensorRT");
