@@ -134,7 +134,7 @@ class Context : public nvinfer1::IExecutionContext, public nvinfer1::apiv::VExec
     Dims dims{};
     auto found = graph_->outputs.find(name);
     if (found == graph_->outputs.end()) return dims.nbDims = -1, dims;
-    Shape shape = shape_of(found->second);
+    Shape shape = shape_of(found->second, shapes_);
     dims.nbDims = static_cast<std::int32_t>(shape.size());
     std::copy(shape.begin(), shape.end(), dims.d);
     return dims;
@@ -145,7 +145,13 @@ class Context : public nvinfer1::IExecutionContext, public nvinfer1::apiv::VExec
       return graph_->refuse("a capture before the first run with these shapes");
     settled_ = true;
     if (!apart()) return graph_->refuse("an output lies over another tensor");
-    cuda_double_enqueue(stream, [this, version = version_] { run(version); });
+    // A run has the shapes and places of now; a graph holds only as long as its context has them.
+    bool captured = cuda_double_captures(stream);
+    cuda_double_enqueue(stream, [=, shapes = shapes_, places = places_, version = version_] {
+      if (captured && version != version_)
+        unexpected("launch of a graph whose context has changed");
+      run(shapes, places);
+    });
     return true;
   }
 
@@ -157,14 +163,14 @@ class Context : public nvinfer1::IExecutionContext, public nvinfer1::apiv::VExec
   }
 
   /// Sizes are known by the name that they have in an input.
-  Shape shape_of(const Tensor& tensor) const {
+  Shape shape_of(const Tensor& tensor, const std::map<std::string, Shape>& shapes) const {
     Shape shape = tensor.sizes;
     for (std::size_t i = 0; i < shape.size(); ++i)
       if (shape[i] < 0)
         for (const auto& [name, input] : graph_->inputs)
           for (std::size_t j = 0; j < input.names.size(); ++j)
-            if (input.names[j] == tensor.names[i] && shapes_.count(name))
-              shape[i] = shapes_.at(name)[j];
+            if (input.names[j] == tensor.names[i] && shapes.count(name))
+              shape[i] = shapes.at(name)[j];
     return shape;
   }
 
@@ -178,7 +184,7 @@ class Context : public nvinfer1::IExecutionContext, public nvinfer1::apiv::VExec
     for (const auto& [name, tensor] : graph_->outputs) {
       if (!places_.count(name)) return false;
       auto* begin = static_cast<const char*>(places_.at(name));
-      std::size_t bytes = bytes_of(tensor, shape_of(tensor));
+      std::size_t bytes = bytes_of(tensor, shape_of(tensor, shapes_));
       for (const auto& [other, other_bytes] : all)
         if (begin < other + other_bytes && other < begin + bytes) return false;
       all.emplace_back(begin, bytes);
@@ -186,9 +192,8 @@ class Context : public nvinfer1::IExecutionContext, public nvinfer1::apiv::VExec
     return true;
   }
 
-  void run(int version) {
-    // TensorRT: a graph holds for the shapes and places that its context had.
-    if (version != version_) unexpected("launch of a graph whose context has changed");
+  void run(const std::map<std::string, Shape>& shapes,
+           const std::map<std::string, void*>& places) const {
     std::memset(scratch_, 0xFF, kScratch);
     auto memory = Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeCPU);
     std::vector<const char*> names, output_names;
@@ -197,14 +202,14 @@ class Context : public nvinfer1::IExecutionContext, public nvinfer1::apiv::VExec
       for (const auto& [name, tensor] : tensors) {
         Shape shape = shape_for(name, tensor);
         to_names.push_back(name.c_str());
-        to.push_back(Ort::Value::CreateTensor(memory, places_.at(name), bytes_of(tensor, shape),
+        to.push_back(Ort::Value::CreateTensor(memory, places.at(name), bytes_of(tensor, shape),
                                               shape.data(), shape.size(), tensor.type));
       }
     };
     add(graph_->inputs, names, values,
-        [&](const std::string& name, const Tensor&) { return shapes_.at(name); });
+        [&](const std::string& name, const Tensor&) { return shapes.at(name); });
     add(graph_->outputs, output_names, outputs,
-        [&](const std::string&, const Tensor& tensor) { return shape_of(tensor); });
+        [&](const std::string&, const Tensor& tensor) { return shape_of(tensor, shapes); });
     graph_->session.Run(Ort::RunOptions{nullptr}, names.data(), values.data(), values.size(),
                         output_names.data(), outputs.data(), outputs.size());
   }
