@@ -56,12 +56,13 @@ def wheel_library(folder: Path) -> Path:
 
 
 def configure_and_build(build: Path, library: Path, *options: str, targets: tuple[str, ...] = ()) -> Path:
-    """A build folder; every warning is an error."""
+    """A build folder; every warning is an error. Without TensorRT, unless `options` say otherwise."""
     definitions = [
         f"-DONNXRUNTIME_INCLUDE_DIR={include_folder()}",
         f"-DONNXRUNTIME_LIBRARY={library}",
         "-DSKIPVISION_WERROR=ON",
         "-DSKIPVISION_TESTS=ON",
+        "-DSKIPVISION_TENSORRT=OFF",
     ]
     call("cmake", "-S", SOURCE, "-B", build, *definitions, *options)
     call("cmake", "--build", build, "-j2", *(("--target", *targets) if targets else ()))

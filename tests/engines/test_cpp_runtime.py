@@ -299,6 +299,7 @@ def expect_error(done, part):
         (("--image", "good.png", "--prompt", "x", "--top-p", "2"), "top_p"),
         (("--image", "good.png", "--prompt", "x", "--temperature", "-1"), "temperature"),
         (("--image", "good.png", "--prompt", "x", "--nonsense"), "nonsense"),
+        (("--image", "good.png", "--prompt", "x", "--engines", "e"), "has no TensorRT"),
         (("--prompt", "x"), "expected --image"),
     ],
 )

@@ -9,6 +9,7 @@
 #include "skipvision/skipvision.h"
 #include "stopwatch.h"
 #include "tokenizer.h"
+#include "trt_backend.h"
 
 namespace skipvision {
 namespace {
@@ -26,6 +27,18 @@ Manifest checked(const std::filesystem::path& folder, const BundleOptions& optio
   Manifest manifest = Manifest::load(folder);
   manifest.verify(folder, options.verify_hashes);
   return manifest;
+}
+
+std::unique_ptr<const Backend> make_backend(const std::filesystem::path& folder,
+                                            const Manifest& manifest,
+                                            const BundleOptions& options) {
+  if (!options.engines.empty()) return make_trt_backend(folder, manifest, options);
+  if (manifest.dtype == "bfloat16")
+    throw Error(
+        manifest.name +
+        ": dtype: is bfloat16, which ONNX Runtime has no CPU kernels for; export again with "
+        "--dtype float32 or float16, or run its engines");
+  return std::make_unique<OrtBackend>(folder, manifest, OrtOptions{options.threads});
 }
 
 ImageProcessor processor_of(const Manifest& manifest, const std::filesystem::path& folder) {
@@ -81,7 +94,7 @@ struct Bundle::Parts {
         prompt(manifest, tokenizer),
         ends(end_tokens(folder, tokenizer)),
         positions(max_positions(folder)),
-        backend(folder, manifest, {options.threads}) {}
+        backend(make_backend(folder, manifest, options)) {}
 
   ModelInput prepare(const Picture& picture, std::string_view question,
                      const GenerateOptions& options) const;
@@ -95,7 +108,7 @@ struct Bundle::Parts {
   PromptBuilder prompt;
   std::vector<std::int64_t> ends;
   std::int64_t positions;
-  OrtBackend backend;
+  std::unique_ptr<const Backend> backend;
 };
 
 ModelInput Bundle::Parts::prepare(const Picture& picture, std::string_view question,
@@ -140,7 +153,7 @@ std::vector<Answer> Bundle::Parts::answer(const std::vector<Question>& questions
     inputs.push_back(prepare(question.picture, question.prompt, options));
     statistics.prepare_ms = watch.lap();
   }
-  std::unique_ptr<Sequence> sequence = backend.prefill(inputs);
+  std::unique_ptr<Sequence> sequence = backend->prefill(inputs);
   double first_ms = watch.lap();
   // Decode goes on from each prompt's length, not from the cache's.
   std::vector<std::int64_t> tokens(inputs.size()), positions;
@@ -206,7 +219,7 @@ std::vector<Answer> Bundle::generate(const std::vector<Request>& requests,
   if (options.max_batch < 1)
     throw Error("max_batch is " + std::to_string(options.max_batch) + ", expected 1 or more");
   std::size_t most =
-      std::min(static_cast<std::size_t>(options.max_batch), parts_->backend.max_batch());
+      std::min(static_cast<std::size_t>(options.max_batch), parts_->backend->max_batch());
   std::vector<Answer> answers;
   for (std::size_t first = 0; first < requests.size(); first += most) {
     std::vector<Question> questions;

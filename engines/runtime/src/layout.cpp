@@ -40,6 +40,10 @@ std::vector<bool> Layout::kv_mask() const {
   return flags;
 }
 
+std::string ffn_index_name(int tier) {
+  return tier == 1 ? "ffn_index" : "ffn_index." + std::to_string(tier);
+}
+
 PrefillIndices prefill_indices(const std::vector<std::int64_t>& ids, std::int64_t image_token,
                                const Layout& layout) {
   PrefillIndices indices;

@@ -31,6 +31,9 @@ struct Layout {
 /// Whether `role` is known; fills in what it means for a run.
 bool set_role(Run& run, const std::string& role);
 
+/// The input that holds the rows of a tier.
+std::string ffn_index_name(int tier);
+
 /// What prefill is fed for one prompt; `ids` hold layout.total() placeholders for each picture.
 struct PrefillIndices {
   std::vector<std::vector<std::int64_t>> ffn_rows;  // of each used tier, ascending

@@ -9,25 +9,9 @@ namespace skipvision {
 namespace {
 
 constexpr int kSchemaVersion = 1;
-constexpr char kFile[] = "skipvision.json";
 constexpr char kAgain[] = "export again";
 // More visual tokens than any model's context holds; an altered count must not fill the memory.
 constexpr std::int64_t kMaxTokens = 1 << 20;
-
-/// A path inside the bundle.
-std::filesystem::path inside(const Field& field, const std::string& text) {
-  std::filesystem::path file = text;
-  bool climbs = std::find(file.begin(), file.end(), "..") != file.end();
-  if (file.empty() || file.is_absolute() || climbs) field.fail("expected a path inside the bundle");
-  return file;
-}
-
-std::vector<TensorInfo> read_tensors(const Field& list) {
-  std::vector<TensorInfo> tensors;
-  for (const Field& item : list.items())
-    tensors.push_back({item.at("name").text(), item.at("dtype").text()});
-  return tensors;
-}
 
 Layout read_layout(const Field& roles, int num_layers) {
   Layout layout;
@@ -55,6 +39,48 @@ Layout read_layout(const Field& roles, int num_layers) {
 
 }  // namespace
 
+void check_schema(const Field& root, int expected, const std::string& again) {
+  auto version = root.at("schema_version").integer(0);
+  if (version != expected)
+    root.at("schema_version")
+        .fail("is " + std::to_string(version) + ", this version reads " + std::to_string(expected) +
+              "; " + again);
+}
+
+std::filesystem::path inside_path(const Field& field, const std::string& path) {
+  std::filesystem::path file = path;
+  bool climbs = std::find(file.begin(), file.end(), "..") != file.end();
+  if (file.empty() || file.is_absolute() || climbs) field.fail("expected a path inside the folder");
+  return file;
+}
+
+std::vector<TensorInfo> read_tensors(const Field& list) {
+  std::vector<TensorInfo> tensors;
+  for (const Field& item : list.items())
+    tensors.push_back({item.at("name").text(), item.at("dtype").text()});
+  return tensors;
+}
+
+FileInfo read_file_info(const Field& field) {
+  return {static_cast<std::uint64_t>(field.at("bytes").integer(0, INT64_MAX)),
+          field.at("sha256").text()};
+}
+
+void verify_file(const std::filesystem::path& file, const FileInfo& info, bool hashes,
+                 const std::string& again) {
+  std::error_code error;
+  if (!std::filesystem::is_regular_file(file, error))
+    throw Error(file.string() + " is missing; " + again);
+  auto size = std::filesystem::file_size(file, error);
+  if (error) throw Error(file.string() + " cannot be read: " + error.message());
+  if (size != info.bytes)
+    throw Error(file.string() + " is " + (size < info.bytes ? "truncated: " : "altered: ") +
+                std::to_string(size) + " bytes, the manifest says " + std::to_string(info.bytes) +
+                "; " + again);
+  if (hashes && sha256_of(file) != info.sha256)
+    throw Error(file.string() + " is altered: its sha256 is not the manifest's; " + again);
+}
+
 bool GraphInfo::has_input(const std::string& name) const {
   return std::any_of(inputs.begin(), inputs.end(), [&](const auto& t) { return t.name == name; });
 }
@@ -63,19 +89,15 @@ Manifest Manifest::load(const std::filesystem::path& folder) {
   std::error_code ignored;
   if (!std::filesystem::is_directory(folder, ignored))
     throw Error(folder.string() + " is not a folder; expected a bundle that export wrote");
-  auto file = folder / kFile;
+  auto file = folder / kManifestFile;
   if (!std::filesystem::is_regular_file(file, ignored))
-    throw Error(folder.string() + " is no bundle: it has no " + kFile);
+    throw Error(folder.string() + " is no bundle: it has no " + kManifestFile);
   return parse(Document(file, kAgain));
 }
 
 Manifest Manifest::parse(const Document& document) {
   Field root = document.root();
-  auto version = root.at("schema_version").integer(0);
-  if (version != kSchemaVersion)
-    root.at("schema_version")
-        .fail("is " + std::to_string(version) + ", this version reads " +
-              std::to_string(kSchemaVersion) + "; " + kAgain);
+  check_schema(root, kSchemaVersion, kAgain);
   Manifest manifest;
   manifest.name = document.name();
   Field model = root.at("model");
@@ -90,10 +112,9 @@ Manifest Manifest::parse(const Document& document) {
   manifest.retained = static_cast<int>(roles.at("retained").integer(0, kMaxTokens));
   manifest.skipped = static_cast<int>(roles.at("skipped").integer(0, kMaxTokens));
   manifest.dtype = root.at("dtype").text();
-  if (manifest.dtype != "float32" && manifest.dtype != "float16")
-    root.at("dtype").fail("is " + manifest.dtype +
-                          ", which ONNX Runtime has no CPU kernels for; export again with --dtype "
-                          "float32 or float16");
+  if (manifest.dtype != "float32" && manifest.dtype != "float16" && manifest.dtype != "bfloat16")
+    root.at("dtype").fail("is " + manifest.dtype + ", expected float32, float16 or bfloat16; " +
+                          kAgain);
   manifest.references = root.has("referenced") && !root.at("referenced").members().empty();
   if (root.has("prompt")) {
     Field prompt = root.at("prompt");
@@ -103,32 +124,18 @@ Manifest Manifest::parse(const Document& document) {
   for (const char* group : {"graphs", "variants"}) {
     if (!root.has(group)) continue;
     for (const auto& [name, graph] : root.at(group).members())
-      manifest.graphs[name] = {inside(graph.at("file"), graph.at("file").text()),
+      manifest.graphs[name] = {inside_path(graph.at("file"), graph.at("file").text()),
                                read_tensors(graph.at("inputs")), read_tensors(graph.at("outputs"))};
   }
   for (const auto& [name, info] : root.at("files").members()) {
-    inside(info, name);
-    manifest.files[name] = {static_cast<std::uint64_t>(info.at("bytes").integer(0, INT64_MAX)),
-                            info.at("sha256").text()};
+    inside_path(info, name);
+    manifest.files[name] = read_file_info(info);
   }
   return manifest;
 }
 
 void Manifest::verify(const std::filesystem::path& folder, bool hashes) const {
-  for (const auto& [file_name, info] : files) {
-    auto file = folder / file_name;
-    std::error_code error;
-    if (!std::filesystem::is_regular_file(file, error))
-      throw Error(file.string() + " is missing from the bundle; export again");
-    auto size = std::filesystem::file_size(file, error);
-    if (error) throw Error(file.string() + " cannot be read: " + error.message());
-    if (size != info.bytes)
-      throw Error(file.string() + " is " + (size < info.bytes ? "truncated: " : "altered: ") +
-                  std::to_string(size) + " bytes, the manifest says " + std::to_string(info.bytes) +
-                  "; export again");
-    if (hashes && sha256_of(file) != info.sha256)
-      throw Error(file.string() + " is altered: its sha256 is not the manifest's; export again");
-  }
+  for (const auto& [file_name, info] : files) verify_file(folder / file_name, info, hashes, kAgain);
 }
 
 const GraphInfo& Manifest::graph(const std::string& graph_name) const {

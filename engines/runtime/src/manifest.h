@@ -13,6 +13,8 @@
 
 namespace skipvision {
 
+inline constexpr char kManifestFile[] = "skipvision.json";
+
 struct TensorInfo {
   std::string name;
   std::string dtype;
@@ -30,6 +32,19 @@ struct FileInfo {
   std::uint64_t bytes = 0;
   std::string sha256;
 };
+
+// What the manifests of bundles and of engines have alike. Errors say `again`, what the user does.
+
+/// Throws Error unless `root.schema_version` is the one that this version reads.
+void check_schema(const Field& root, int expected, const std::string& again);
+/// `path`, which stays inside the manifest's folder; `field` stands in errors.
+std::filesystem::path inside_path(const Field& field, const std::string& path);
+std::vector<TensorInfo> read_tensors(const Field& list);
+/// The fields `bytes` and `sha256`.
+FileInfo read_file_info(const Field& field);
+/// Throws Error where the file is missing, truncated or, with `hashes`, altered.
+void verify_file(const std::filesystem::path& file, const FileInfo& info, bool hashes,
+                 const std::string& again);
 
 /// The chat template, rendered at export around a question.
 struct ChatPrompt {

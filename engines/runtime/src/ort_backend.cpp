@@ -15,10 +15,6 @@ constexpr char kDecode[] = "decoder_decode";
 /// The manifest's name of a graph's variant for this runtime.
 std::string variant(const std::string& graph) { return graph + ".onnxruntime"; }
 
-std::string ffn_index_name(int tier) {
-  return tier == 1 ? "ffn_index" : "ffn_index." + std::to_string(tier);
-}
-
 }  // namespace
 
 OrtBackend::OrtBackend(const std::filesystem::path& folder, const Manifest& manifest,

@@ -50,15 +50,19 @@ json pixels(const json& request) {
   return {processor.height(), processor.width()};
 }
 
-/// {"bundle": .., "image": .., "prompts": [..]}: two threads, each with all prompts on one bundle
-/// and on one of its own -> whether all answers are the same.
+/// {"bundle": .., "engines": .., "image": .., "prompts": [..]}: two threads, each with all prompts
+/// on one bundle and on one of its own -> whether all answers are the same.
 json threads(const json& request) {
   std::string folder = request["bundle"].get<std::string>();
-  skipvision::Bundle shared(folder, {false, 1});
+  skipvision::BundleOptions options;
+  options.verify_hashes = false;
+  options.threads = 1;
+  options.engines = request.value("engines", "");
+  skipvision::Bundle shared(folder, options);
   auto picture = skipvision::Picture::open(request["image"].get<std::string>());
   std::vector<std::string> texts(2);
   auto work = [&](int number) {
-    skipvision::Bundle own(folder, {false, 1});
+    skipvision::Bundle own(folder, options);
     for (const json& prompt : request["prompts"]) {
       auto question = prompt.get<std::string>();
       texts[number] += shared.generate(picture, question).text + "\n";
@@ -69,6 +73,25 @@ json threads(const json& request) {
   first.join();
   second.join();
   return texts;
+}
+
+/// {"bundle": .., "engines": .., "image": .., "prompts": [OUTER, INNER]}: answers OUTER, INNER with
+/// each piece of it, and each once more -> texts of OUTER, INNER (the last one), OUTER, INNER.
+json nested(const json& request) {
+  skipvision::BundleOptions options;
+  options.verify_hashes = false;
+  options.engines = request.value("engines", "");
+  skipvision::Bundle bundle(request["bundle"].get<std::string>(), options);
+  auto picture = skipvision::Picture::open(request["image"].get<std::string>());
+  auto outer = request["prompts"][0].get<std::string>();
+  auto inner = request["prompts"][1].get<std::string>();
+  std::string within;
+  auto mixed = bundle.generate(picture, outer, {}, [&](std::string_view) {
+    within = bundle.generate(picture, inner).text;
+    return true;
+  });
+  return {mixed.text, within, bundle.generate(picture, outer).text,
+          bundle.generate(picture, inner).text};
 }
 
 /// {"bundle": .., "pixels": FILE of float32 [N, 3, side, side], "side": .., "prompts": N lists of
@@ -154,6 +177,7 @@ int main() {
     json answer = what == "encode"   ? encode(request)
                   : what == "decode" ? decode(request)
                   : what == "pixels" ? pixels(request)
+                  : what == "nested" ? nested(request)
                   : what == "logits" ? logits(request)
                   : what == "peak"   ? peak(request)
                                      : threads(request);

@@ -144,6 +144,12 @@ int main(int argc, char** argv) {
   app.add_option("--batch", arguments.options.max_batch,
                  "Requests of --lines or --bench that run together");
   app.add_option("--threads", arguments.bundle_options.threads, "0 lets ONNX Runtime choose");
+  app.add_option("--engines", arguments.bundle_options.engines,
+                 "Run the engines in this folder, of `skipvision build`, in TensorRT");
+  app.add_option("--plugin", arguments.bundle_options.plugin,
+                 "The KVPrune library of --engines; else the one beside them");
+  app.add_flag("!--no-cuda-graphs", arguments.bundle_options.cuda_graphs,
+               "Launch each kernel of --engines on its own");
   app.add_option("--json", arguments.json_file, "Write the result to this file");
   app.add_option("--rounds", arguments.rounds, "Timed rounds of --bench")
       ->check(CLI::PositiveNumber);

@@ -40,6 +40,13 @@ struct BundleOptions {
   bool verify_hashes = true;
   /// Threads within one operator; 0 lets ONNX Runtime choose.
   int threads = 0;
+  /// A folder that `skipvision build` wrote of this bundle: its engines run in TensorRT, on the
+  /// calling thread's CUDA device. Empty: the bundle runs in ONNX Runtime.
+  std::filesystem::path engines = {};
+  /// The KVPrune library, where the engines need it; empty: the one beside them.
+  std::filesystem::path plugin = {};
+  /// Decode in TensorRT as a CUDA graph where it can be captured.
+  bool cuda_graphs = true;
 };
 
 struct GenerateOptions {
