@@ -102,7 +102,8 @@ class Generator:
         """input_ids [B, S] -> inputs_embeds [B, S, D]; features only where the ids hold an image."""
         if features is None:
             model = self.manifest.model
-            features = np.zeros((0, model.visual_tokens, model.hidden_size), np.float32)
+            # No picture, but of the size that an engine's profile has.
+            features = np.zeros((0, self.manifest.layout.total, model.hidden_size), np.float32)
         feeds = {"input_ids": input_ids, "image_features": features}
         return self.backend.run(EMBED, feeds)["inputs_embeds"]
 

@@ -131,7 +131,9 @@ class TrtRunner:
         """Run one graph on numpy arrays or DeviceTensors; returns without waiting for it."""
         if graph not in self._engines:
             info = self.manifest.engines[graph]
-            self._engines[graph] = _Engine(graph, self.folder / info.file, info, self.tensorrt, self.stream)
+            self._engines[graph] = _Engine(
+                graph, self.folder / info.file, info, self.tensorrt, self.stream, self._compatible
+            )
         return self._engines[graph].run(feeds)
 
     def cache(self, present: dict[str, Any], kept: Flags | None = None) -> KVCache:
@@ -167,11 +169,19 @@ class _Engine:
     """A deserialized engine, its execution context and its buffers."""
 
     def __init__(
-        self, graph: str, file: Path, info: EngineInfo, tensorrt: TensorRT, stream: cuda.Stream
+        self,
+        graph: str,
+        file: Path,
+        info: EngineInfo,
+        tensorrt: TensorRT,
+        stream: cuda.Stream,
+        host_code: bool,
     ) -> None:
         self.graph, self.info, self.stream = graph, info, stream
         module = tensorrt.module
         self._runtime: trt.Runtime = module.Runtime(module.Logger(module.Logger.ERROR))
+        # Version-compatible engines bring a runtime along; the manifest's hash vouches for it.
+        self._runtime.engine_host_code_allowed = host_code
         engine = self._runtime.deserialize_cuda_engine(file.read_bytes())
         if engine is None:
             raise CompilerError(f"{file} cannot be loaded by {tensorrt.compiler}; build it again on this GPU")

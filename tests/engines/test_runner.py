@@ -7,9 +7,10 @@ import pytest
 
 from skipvision_export.bundle import Manifest
 from skipvision_export.errors import BundleError, CompilerError, InputError
+from skipvision_export.runtime.generation import Generator
 from skipvision_export.runtime.pipeline import Bundle
 from skipvision_export.runtime.trt import TrtRunner, capacity, choose_profile, numpy_type
-from skipvision_export.tensorrt.build import build
+from skipvision_export.tensorrt.build import build, plan
 from skipvision_export.tensorrt.driver import require_gpu
 from skipvision_export.tensorrt.manifest import EngineInfo
 from skipvision_export.tensorrt.recipe import ProfileSettings, Recipe
@@ -138,3 +139,18 @@ def test_engines_answer_like_onnx_runtime(engines, bundle_folder, bundle):
     actual = Bundle.load(bundle_folder, engines=engines).generate(picture, "What?", max_new_tokens=8)
     assert actual.token_ids == expected.token_ids
     assert Manifest.load(bundle_folder).dtype == "float32"
+
+
+def test_decode_embeds_within_the_profile(example_in):
+    """A skip bundle's pictures have other numbers of tokens than the model's."""
+    bundle = Bundle.load(example_in("float32"))
+    fed = {}
+
+    class Recording:
+        def run(self, graph, feeds):
+            fed.update({name: np.shape(value) for name, value in feeds.items()})
+            return {"inputs_embeds": None}
+
+    Generator(Recording(), bundle.manifest).embed(np.ones((1, 1), np.int64))
+    low, _, high = plan(bundle.folder, Recipe()).profiles("embed_tokens")[0]["image_features"]
+    assert all(a <= n <= b for a, n, b in zip(low, fed["image_features"], high, strict=True))
