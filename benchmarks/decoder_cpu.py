@@ -200,7 +200,10 @@ class HuggingFace:
 
 
 def measure(runs: dict[str, Run], rounds: int, each: int, what: str) -> dict[str, np.ndarray]:
-    """Milliseconds of one of `each` repetitions, by contender and round; back and forth.
+    """Milliseconds of one of `each` repetitions, by contender and round.
+
+    Each round begins with another contender, every second one runs backwards: none has the same one in front
+    of it each time, whose threads still spin, or itself.
 
     Raises SystemExit where contenders that do the same do not give the same logits.
     """
@@ -213,7 +216,8 @@ def measure(runs: dict[str, Run], rounds: int, each: int, what: str) -> dict[str
     times = np.empty((rounds, len(runs)))
     for turn in range(rounds):
         print(f"{what}: round {turn + 1} of {rounds}", end="\r", flush=True)
-        for i in range(len(runs))[:: 1 if turn % 2 else -1]:
+        order = np.roll(np.arange(len(runs)), -turn)[:: 1 if turn % 2 else -1]
+        for i in order:
             run = list(runs.values())[i]
             start = time.perf_counter()
             run()
