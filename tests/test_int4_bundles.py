@@ -64,8 +64,9 @@ def test_operators(graph, int4, traced, tmp_path):
         ]
         for b in (full, int4["float32"])
     )
-    # three layers with q, k and v in one, but for the last one's q, which prefill computes for one row
-    assert before.count("MatMul") == after.count(OP) == 3 * 5 + 1 + 1
+    # three layers with q, k and v in one, but for the last one's q, which prefill computes for one row; gate
+    # and up in one
+    assert before.count("MatMul") == after.count(OP) == 3 * 4 + 1 + 1
     assert not after.count("MatMul")
     assert sorted(before) == sorted("MatMul" if kind == OP else kind for kind in after)
 
@@ -109,8 +110,8 @@ def packed(graph, at):
 
 
 def swap_two_matrices(graph):
-    """Up and gate have each other's elements."""
-    first, second = ([n for n in graph if n.op_type == OP][at] for at in (2, 3))
+    """The FFNs of two layers have each other's elements of gate and up."""
+    first, second = ([n for n in graph if n.op_type == OP][at] for at in (2, 6))
     one, two = first.inputs[1], second.inputs[1]
     first.replace_input_with(1, two)
     second.replace_input_with(1, one)

@@ -82,15 +82,15 @@ def test_projections_are_packed_alike_in_both_graphs(traced):
     want = run(prefill.clone(), prompt()), run(decode.clone(), step())
     before = count(decode.clone())["MatMul"]
     assert work(prefill).modified and work(decode).modified
-    # q, k and v of two layers, k and v of the last one, whose q prefill computes for one row
+    # q, k and v of two layers, k and v of the last one, whose q prefill computes for one row; gate and up
     for model in (prefill, decode):
         made = count(model)
-        assert (made["MatMul"], made["Split"]) == (before - 2 * 2 - 1, LAYERS)
+        assert (made["MatMul"], made["Split"]) == (before - 2 * 2 - 1 - LAYERS, 2 * LAYERS)
     assert_equal(run(prefill, prompt()), want[0])
     assert_equal(run(decode, step()), want[1])
     shared = [{v.name: v.const_value for v in m.graph.initializers.values()} for m in (prefill, decode)]
     packed = [name for name in shared[0] if name.endswith(".packed")]
-    assert len(packed) == LAYERS
+    assert len(packed) == 2 * LAYERS
     assert all(shared[0][name] is shared[1][name] for name in packed)
 
 
@@ -109,7 +109,7 @@ def test_what_others_read_too_stays_apart(traced):
     before = count(model.clone())["MatMul"]
     PackProjectionsPass(pack)(model)
     assert makers[1] in list(model.graph)
-    assert count(model)["MatMul"] == before - 1 - 2 * 2  # q and v of the first layer
+    assert count(model)["MatMul"] == before - 1 - 2 * 2 - LAYERS  # q and v of the first layer
 
 
 def test_it_comes_before_int4(traced):
