@@ -127,6 +127,9 @@ Manifest Manifest::parse(const Document& document) {
       manifest.graphs[name] = {inside_path(graph.at("file"), graph.at("file").text()),
                                read_tensors(graph.at("inputs")), read_tensors(graph.at("outputs"))};
   }
+  // The variants are forms of them: what needs a graph itself may come later, such as padding.
+  for (const char* each : {"vision_encoder", "embed_tokens", "decoder_prefill", "decoder_decode"})
+    manifest.graph(each);
   for (const auto& [name, info] : root.at("files").members()) {
     inside_path(info, name);
     manifest.files[name] = read_file_info(info);
