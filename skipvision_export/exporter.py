@@ -83,6 +83,7 @@ class TracedModel:
         check_output(out, force)
         kind = check_weights(weights, self.dtype, reference_weights)
         family, hf_config = self.source.family, self.source.config
+        config = family.fitted(hf_config, config)
         dims = family.decoder_dims(hf_config)
         visual = family.visual_tokens(hf_config)
         layout = family.layout(hf_config, config)

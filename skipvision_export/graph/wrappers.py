@@ -27,11 +27,13 @@ class VisionEncoder(nn.Module):
         self.tower = family.vision_tower(model)
         self.projector = family.projector(model)
         # From the end, which stays right where layers in the middle are left out.
-        self.layer = family.vision_dims(config).num_layers - config.vision_config.num_hidden_layers - 1
+        dims = family.vision_dims(config)
+        self.layer = dims.num_layers - config.vision_config.num_hidden_layers - 1
+        self.first = int(dims.has_cls)
         self.tiled = family.tiled
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Hidden states of the feature layer, CLS dropped, projected."""
+        """Hidden states of the feature layer, a CLS row dropped, projected."""
         if self.tiled:
             crops = self._encode(pixel_values.flatten(0, 1))
             return crops.unflatten(0, pixel_values.shape[:2]).flatten(1, 2)
@@ -39,7 +41,7 @@ class VisionEncoder(nn.Module):
 
     def _encode(self, pixel_values: Tensor) -> Tensor:
         hidden = self.tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
-        return self.projector(hidden[self.layer][:, 1:])  # type: ignore[no-any-return]
+        return self.projector(hidden[self.layer][:, self.first :])  # type: ignore[no-any-return]
 
 
 class EmbedTokens(nn.Module):

@@ -50,6 +50,7 @@ def apply_skip_vision(
     family = family_of([type(model).__name__], "the model's class")
     hf_config: Any = model.config
     family.check(hf_config)
+    config = family.fitted(hf_config, config)
     layout = family.layout(hf_config, config)
     if layout.summaries and summary is None:
         summary = getattr(model, SUMMARY, None) or _plain_mean(model, family, hf_config)

@@ -5,7 +5,7 @@ A new family is one file in this folder with one decorated class.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from skipvision_export.config import SkipVisionConfig
@@ -14,6 +14,10 @@ from skipvision_export.layout import TokenLayout
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+# The paper's selector, and what stands in for it where a vision tower has no CLS row (SigLIP).
+CLS_SELECTOR, SELECTOR_WITHOUT_CLS = "cls_attention", "dart"
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,15 @@ class ModelFamily:
         """Visual tokens of an image where nothing is skipped; the most there can be, where it varies."""
         return self.visual_tokens(config)
 
+    def fitted(self, hf_config: Any, config: SkipVisionConfig) -> SkipVisionConfig:
+        """A configuration for a model: without a CLS row to choose by, tokens are chosen by redundancy."""
+        if config.selector == CLS_SELECTOR and not self.vision_dims(hf_config).has_cls:
+            return replace(config, selector=SELECTOR_WITHOUT_CLS)
+        return config
+
     def layout(self, hf_config: Any, config: SkipVisionConfig) -> TokenLayout:
         """Resolve a configuration for a model; raises ConfigError where it does not fit."""
-        return config.layout(
+        return self.fitted(hf_config, config).layout(
             self.visual_tokens(hf_config),
             num_layers=self.decoder_dims(hf_config).num_layers,
             tiled=self.tiled,
@@ -104,6 +114,37 @@ class ModelFamily:
     def ffn(self, layer: nn.Module) -> tuple[nn.Module, nn.Module]:
         """(norm, MLP) of one decoder layer: the region that skipped tokens pass by."""
         raise NotImplementedError
+
+
+# Text models whose layers stand as Llama's do: RMS norm, attention, RMS norm, gated MLP.
+_TEXT_MODELS = ("llama", "qwen2", "qwen3", "mistral", "gemma", "phi3")
+
+
+def check_text(text: Any) -> None:
+    """Raise ModelError for a text model that is not known to be of Llama's build, with why."""
+    if text.model_type not in _TEXT_MODELS:
+        raise ModelError(f"the text model is {text.model_type!r}; supported: {', '.join(_TEXT_MODELS)}")
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    window = getattr(text, "sliding_window", None)
+    if kinds or (window is not None and window < text.max_position_embeddings):
+        raise ModelError(
+            f"the text model has sliding windows (sliding_window={window}), which count cached positions: a "
+            "pruned cache would move them; supported: full attention in every layer"
+        )
+
+
+def text_dims(text: Any) -> DecoderDims:
+    """Sizes of a text model of Llama's build."""
+    heads = text.num_attention_heads
+    return DecoderDims(
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        num_heads=heads,
+        num_kv_heads=text.num_key_value_heads or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        intermediate_size=text.intermediate_size,
+        vocab_size=text.vocab_size,
+    )
 
 
 _FAMILIES: dict[str, ModelFamily] = {}
