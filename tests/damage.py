@@ -9,10 +9,9 @@ from skipvision_export.runtime.pipeline import Bundle
 
 
 def twin(bundle, tmp_path, damage, graph="decoder_prefill"):
-    """A copy of the bundle whose `graph` went through damage(ir.Graph); prefill in each of its forms."""
+    """A copy of the bundle whose `graph` went through damage(ir.Graph), and its forms for one runtime too."""
     folder = shutil.copytree(bundle.folder, tmp_path / damage.__name__)
-    forms = f"{graph}*.onnx" if graph == "decoder_prefill" else f"{graph}.onnx"
-    for file in (folder / "onnx").glob(forms):
+    for file in (folder / "onnx").glob(f"{graph}*.onnx"):
         model = ir.load(file)
         damage(model.graph)
         ir.save(model, file)

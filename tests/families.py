@@ -32,7 +32,13 @@ def text_config(kind: str):
     """Three layers, two query heads for each key and value head."""
     values = tiny_config().text_config.to_dict()
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    names += ("num_key_value_heads", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
+    names += (
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+    )
     more = {"head_dim": 24} if kind in ("qwen3", "gemma") else {}
     if kind == "mistral":
         more["sliding_window"] = None
@@ -46,7 +52,9 @@ def siglip(config: LlavaConfig) -> LlavaConfig:
     clip = config.vision_config
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     sizes = {name: getattr(clip, name) for name in (*names, "image_size", "patch_size")}
-    values = config.to_dict() | {"vision_config": SiglipVisionConfig(**sizes, vision_use_head=False).to_dict()}
+    values = config.to_dict() | {
+        "vision_config": SiglipVisionConfig(**sizes, vision_use_head=False).to_dict()
+    }
     values["vision_feature_select_strategy"] = "full"
     del values["model_type"]
     return LlavaConfig(**values)

@@ -1,4 +1,4 @@
-"""Every vision tower and text model of LLaVA: exported graphs against PyTorch, and twins that must be caught."""
+"""Every vision tower and text model of LLaVA: exported graphs against PyTorch, and broken twins."""
 
 import re
 
@@ -59,7 +59,9 @@ def test_skip(skip, reference):
     assert max(len(t.token_ids) for t in report.transcripts["ort"]) == STEPS
 
 
-def test_both_forms_for_onnx_runtime_are_there(skip):
+def test_both_forms_for_onnx_runtime_are_there(skip, traced):
+    if traced.source.config.text_config.model_type == "phi3":
+        pytest.skip("Phi-3 packs and slices its projections itself: it runs in the form for every runtime")
     assert set(skip.manifest.variants) == {"decoder_prefill.onnxruntime", "decoder_decode.onnxruntime"}
 
 
@@ -97,7 +99,7 @@ def count_positions_one_further(graph):
     ("graph", "damage"),
     [
         ("decoder_prefill", let_a_row_pass_by),
-        ("decoder_decode.onnxruntime", count_positions_one_further),
+        ("decoder_decode", count_positions_one_further),
     ],
 )
 def test_broken_graphs_are_caught(graph, damage, skip, reference, tmp_path):
