@@ -8,9 +8,8 @@ from skipvision_export.models import DecoderDims, VisionDims
 # Python, numpy and ONNX Runtime with four small sessions; transformers' processor is not in it.
 _BASE_BYTES = 120 << 20
 _FLOAT = 4
-# Of each pair of positions, beside Attention's scores: the mask as booleans, twice while it is made, and as
-# the numbers that Attention adds to the scores.
-_MASK_BYTES = 2 + _FLOAT
+# Of each pair of positions: the mask as booleans, twice while it is made.
+_MASK_BYTES = 2
 # What the embeddings' graph holds of the size of a hidden state: the rows of the table, those of the images,
 # the two halves that Where makes, and its result. Allocators keep this memory for the graph's next run.
 _EMBED_STATES = 5
@@ -22,13 +21,14 @@ def peak_memory(
     """Bytes of a whole process that prefills one float32 prompt in ONNX Runtime on the CPU.
 
     prompt_tokens: all of them, with `images` times the layout's. Weights once, the mapped embedding table
-    left out; activations of the largest layer; scores [H, S, S], which Attention holds at once; K and V.
-    Measured against processes of 512 to 8,192 tokens and 8 to 32 heads, see its test: 10 % too little to 2 %
-    too much, the rest being what allocators round up and keep between the layers.
+    left out; activations of the largest layer; K and V; the mask [S, S] that the last layer reads a row of.
+    GroupQueryAttention holds no scores of that size; Attention does, which strict masks and batches of
+    prompts with padding run: 4 bytes more for each head and pair. Measured against processes of 512 to 8,192
+    tokens and 8 to 32 heads, see its test; the rest is what allocators round up and keep between the layers.
     """
-    scores = prompt_tokens**2 * (_FLOAT * dims.num_heads + _MASK_BYTES)
+    mask = prompt_tokens**2 * _MASK_BYTES
     weights = _FLOAT * (_decoder_weights(dims) + _vision_weights(vision))
-    return _BASE_BYTES + weights + scores + _activations(dims, layout, prompt_tokens, images)
+    return _BASE_BYTES + weights + mask + _activations(dims, layout, prompt_tokens, images)
 
 
 def _decoder_weights(dims: DecoderDims) -> int:

@@ -27,7 +27,7 @@ ids[0, 1 : 1 + images * total] = model.image_token_id
 generator.prefill(ids, features)
 print(json.dumps(own_peak_mb() * (1 << 20)))
 """
-# Few heads and many: the scores of a pair of positions take 4 bytes for each head.
+# Few heads and many: no scores of a pair of positions are held, whatever their number.
 SIZES = {
     "8 heads": {
         "hidden_size": 256,
