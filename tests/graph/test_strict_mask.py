@@ -14,7 +14,7 @@ from skipvision_export.graph.clean import unique_node_names
 from skipvision_export.graph.passes.strict_mask import StrictMaskPass
 from skipvision_export.layout import TokenLayout
 from skipvision_export.method.masks import prefill_mask
-from skipvision_export.runtime.generation import image_index
+from skipvision_export.runtime.batch import PromptBatch, image_index
 
 QKV = "float[batch, 1, sequence, 4] q"
 
@@ -64,9 +64,12 @@ def test_equals_the_reference(session, data):
 
 def test_image_index():
     layout = TokenLayout((("retained", 1), ("summary", 1), ("skipped", 2)))
-    ids = np.array([[7, 3, 3, 3, 3, 8, 3, 3, 3, 3, 9]])
-    assert image_index(ids, 3, layout).tolist() == [[0, 1, 1, -1, -1, 0, 2, 2, -2, -2, 0]]
-    assert image_index(np.array([[7, 8]]), 3, layout).tolist() == [[0, 0]]
+
+    def index(*ids):
+        return image_index(PromptBatch.join([np.array([ids])], 3), 3, layout).tolist()
+
+    assert index(7, 3, 3, 3, 3, 8, 3, 3, 3, 3, 9) == [[0, 1, 1, -1, -1, 0, 2, 2, -2, -2, 0]]
+    assert index(7, 8) == [[0, 0]]
 
 
 def test_no_attention_is_an_error():
