@@ -43,3 +43,15 @@ def longest_row_s_positions(graph):
     for node, at in users:
         node.replace_input_with(at, same.outputs[0])
     graph.insert_before(graph[0], [last, same])
+
+
+def another_mask(node):
+    """An Attention node reads a mask that no other one reads, as with a sliding window."""
+    both = ir.node("Not", [node.inputs[3]])
+    node.graph.insert_before(node, both)
+    node.replace_input_with(3, both.outputs[0])
+
+
+def causal(node):
+    """An Attention node masks by itself."""
+    node.attributes["is_causal"] = ir.AttrInt64("is_causal", 1)

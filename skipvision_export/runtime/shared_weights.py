@@ -15,8 +15,8 @@ class SharedWeights:
     """Maps of data files, from which sessions take their weights as they lie there.
 
     Without it every session reads its own copy, and another one that MLAS packs for its kernels. So
-    packing is off in a session that shares: its products pack a panel at a time, as they go, which costs 5
-    to 7 % of a prefill (192 to 1,088 rows, hidden 1,024, FFN 2,816, two cores) and nothing in decode.
+    packing is off in a session that shares: its products pack a panel at a time, as they go, which costs some
+    percent of a prefill and more of a decode step: "weights shared" in benchmarks/results/decoder_cpu.json.
     """
 
     def __init__(self) -> None:

@@ -7,6 +7,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 import onnxruntime as ort
 import pytest
+from damage import another_mask, causal
 
 from skipvision_export.graph.clean import clear_inferred_types, unique_node_names
 from skipvision_export.graph.passes.grouped_prefill import GroupedPrefillPass
@@ -153,16 +154,6 @@ def test_one_position_too_few_is_caught(traced):
     minus.replace_input_with(1, two.outputs[0])
     got = run(model, prompt())
     assert max(abs(a - b).max() for a, b in zip(got, want, strict=True)) > 1e-3
-
-
-def another_mask(node):
-    both = ir.node("Not", [node.inputs[3]])
-    node.graph.insert_before(node, both)
-    node.replace_input_with(3, both.outputs[0])
-
-
-def causal(node):
-    node.attributes["is_causal"] = ir.AttrInt64("is_causal", 1)
 
 
 @pytest.mark.parametrize("change", [another_mask, causal], ids=lambda f: f.__name__)

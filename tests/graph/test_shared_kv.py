@@ -7,6 +7,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 import onnxruntime as ort
 import pytest
+from damage import another_mask, causal
 
 from skipvision_export.graph.clean import clear_inferred_types, unique_node_names
 from skipvision_export.graph.passes.names import DECODE
@@ -91,16 +92,6 @@ def test_a_broken_twin_is_caught(decode):
     inputs, past = feeds(7)
     got = session(decode).run(None, inputs | buffered(past))[0]
     assert not np.allclose(got, plain.run(None, inputs | past)[0], atol=1e-3)
-
-
-def another_mask(node):
-    both = ir.node("Not", [node.inputs[3]])
-    node.graph.insert_before(node, both)
-    node.replace_input_with(3, both.outputs[0])
-
-
-def causal(node):
-    node.attributes["is_causal"] = ir.AttrInt64("is_causal", 1)
 
 
 def no_join(node):
