@@ -128,7 +128,7 @@ Manifest Manifest::parse(const Document& document) {
                                read_tensors(graph.at("inputs")), read_tensors(graph.at("outputs"))};
   }
   // The variants are forms of them: what needs a graph itself may come later, such as padding.
-  for (const char* each : {"vision_encoder", "embed_tokens", "decoder_prefill", "decoder_decode"})
+  for (const char* each : {kVision, kEmbed, kPrefill, kDecode})
     manifest.graph(each);
   for (const auto& [name, info] : root.at("files").members()) {
     inside_path(info, name);

@@ -15,6 +15,18 @@ namespace skipvision {
 
 inline constexpr char kManifestFile[] = "skipvision.json";
 
+// Graphs and tensors by name (skipvision_export/graph/passes/names.py).
+inline constexpr char kVision[] = "vision_encoder";
+inline constexpr char kEmbed[] = "embed_tokens";
+inline constexpr char kPrefill[] = "decoder_prefill";
+inline constexpr char kDecode[] = "decoder_decode";
+inline constexpr char kPresent[] = "present.";
+
+/// The input of decode that an output is fed to: `present.0.key` -> `past_key_values.0.key`.
+inline std::string past_name(const std::string& present) {
+  return "past_key_values." + present.substr(sizeof(kPresent) - 1);
+}
+
 struct TensorInfo {
   std::string name;
   std::string dtype;

@@ -7,11 +7,6 @@
 namespace skipvision {
 namespace {
 
-constexpr char kVision[] = "vision_encoder";
-constexpr char kEmbed[] = "embed_tokens";
-constexpr char kPrefill[] = "decoder_prefill";
-constexpr char kDecode[] = "decoder_decode";
-
 /// The manifest's name of a graph's variant for this runtime.
 std::string variant(const std::string& graph) { return graph + ".onnxruntime"; }
 

@@ -12,11 +12,6 @@ namespace {
 // Positions by which a buffer grows: a copy of the whole cache each time, so not few.
 constexpr std::int64_t kRoom = 256;
 
-/// `present.0.key` -> `past_key_values.0.key`.
-std::string past_name(const std::string& present) {
-  return "past_key_values." + present.substr(std::strlen("present."));
-}
-
 /// What both kinds of cache do alike: a token of each row through the embeddings, logits out.
 class OrtSequence : public Sequence {
  public:

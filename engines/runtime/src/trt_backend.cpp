@@ -148,7 +148,7 @@ std::unique_ptr<Sequence> TrtBackend::prefill(const std::vector<ModelInput>& inp
     add(prefill, ffn_index_name(tiers[i]), batch.ffn_rows[i],
         {static_cast<std::int64_t>(batch.ffn_rows[i].size())});
   add(prefill, "kv_keep_index", batch.kv_keep, {batch.rows, batch.kept});
-  if (manifest_.graph("decoder_prefill").has_input("image_index"))
+  if (manifest_.graph(kPrefill).has_input("image_index"))
     add(prefill, "image_index", batch.image_index, shape);
   const std::string& pixels = engines_.vision.info.dtype("pixel_values");
   std::vector<std::vector<float>> pictures = together(inputs);

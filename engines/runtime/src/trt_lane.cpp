@@ -13,8 +13,6 @@ namespace {
 // What TensorRT asks of an address.
 constexpr std::size_t kAlignment = 256;
 
-constexpr char kPresent[] = "present.";
-
 template <typename Half>
 void widen(const std::byte* data, std::vector<float>& values) {
   for (std::size_t i = 0; i < values.size(); ++i) {
@@ -28,7 +26,7 @@ std::vector<CacheNames> cache_names(const EngineInfo& prefill, const EngineInfo&
   std::vector<CacheNames> names;
   for (const TensorInfo& output : prefill.outputs) {
     if (output.name.rfind(kPresent, 0) != 0) continue;
-    std::string past = "past_key_values." + output.name.substr(std::strlen(kPresent));
+    std::string past = past_name(output.name);
     if (decode.largest(past, 3) == 0)
       throw Error(decode.graph + ": the engine takes no " + past + " of four axes; build again");
     names.push_back({past, output.name});
@@ -40,10 +38,10 @@ std::vector<CacheNames> cache_names(const EngineInfo& prefill, const EngineInfo&
 }  // namespace
 
 TrtEngines::TrtEngines(const TrtRuntime& runtime, const EnginesManifest& manifest)
-    : vision(runtime, manifest, "vision_encoder"),
-      embed(runtime, manifest, "embed_tokens"),
-      prefill(runtime, manifest, "decoder_prefill"),
-      decode(runtime, manifest, "decoder_decode") {}
+    : vision(runtime, manifest, kVision),
+      embed(runtime, manifest, kEmbed),
+      prefill(runtime, manifest, kPrefill),
+      decode(runtime, manifest, kDecode) {}
 
 std::int64_t TrtEngines::scratch_bytes() const {
   std::int64_t most = 0;
