@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from skipvision_export.config import SkipVisionConfig
 from skipvision_export.graph.passes.grouped_prefill import GroupedPrefillPass
+from skipvision_export.graph.passes.grouped_rotary import GroupedRotaryPass
 from skipvision_export.graph.passes.half_rotary import HalfRotaryPass
 from skipvision_export.graph.passes.int4_weights import Int4WeightsPass
 from skipvision_export.graph.passes.kv_prune import KVPrunePass
@@ -30,6 +31,7 @@ from skipvision_export.layout import TokenLayout
 class PassContext:
     """What passes have to know about the model and the method.
 
+    max_positions: of a sequence, where the model names a limit.
     summary: weights of the summary tokens, see LayOutPass; empty where the layout has none. pack, int4: the
     passes that both decoder graphs go through, where projections are packed, and where weights become int4.
     """
@@ -39,6 +41,7 @@ class PassContext:
     visual_tokens: int
     config: SkipVisionConfig
     layout: TokenLayout
+    max_positions: int | None = None
     summary: Weights = field(default_factory=dict)
     pack: PackProjectionsPass | None = None
     int4: Int4WeightsPass | None = None
@@ -75,7 +78,7 @@ def passes_for(graph: str, context: PassContext) -> list[ir.passes.InPlacePass]:
     return passes[graph]
 
 
-def variants_for(graph: str) -> dict[str, list[ir.passes.InPlacePass]]:
+def variants_for(graph: str, context: PassContext) -> dict[str, list[ir.passes.InPlacePass]]:
     """Other forms of a graph, by the runtime they are for: the passes that make each, after all others.
 
     A variant stands beside the graph, which every runtime can run, and shares its weights. It is left
@@ -83,6 +86,6 @@ def variants_for(graph: str) -> dict[str, list[ir.passes.InPlacePass]]:
     """
     forms: dict[str, list[ir.passes.InPlacePass]] = {
         PREFILL: [GroupedPrefillPass()],
-        DECODE: [SharedKVPass(), SkipNormPass()],
+        DECODE: [SharedKVPass(), GroupedRotaryPass(context.max_positions), SkipNormPass()],
     }
     return {"onnxruntime": forms[graph]} if graph in forms else {}
