@@ -1,22 +1,38 @@
-"""A tiny random checkpoint of each vision tower and text model that a LLaVA may consist of."""
+"""A tiny random checkpoint of each family, and of each vision tower and text model that a LLaVA may have."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from tiny import tiny_config, tiny_model, tiny_processor
+from tiny import TEMPLATE, amplified, tiny_config, tiny_model, tiny_processor
 from transformers import (
     GemmaConfig,
+    GotOcr2ImageProcessorPil,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessorPil,
+    Idefics3Processor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVisionConfig,
     LlamaConfig,
     LlavaConfig,
     MistralConfig,
     Phi3Config,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
 )
+
+from skipvision_export.models.pictures import without_videos
 
 TEXT = {
     "llama": LlamaConfig,
@@ -49,12 +65,8 @@ def text_config(kind: str):
 
 def siglip(config: LlavaConfig) -> LlavaConfig:
     """The same with a tower that has no CLS row."""
-    clip = config.vision_config
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    sizes = {name: getattr(clip, name) for name in (*names, "image_size", "patch_size")}
-    values = config.to_dict() | {
-        "vision_config": SiglipVisionConfig(**sizes, vision_use_head=False).to_dict()
-    }
+    tower = SiglipVisionConfig(**tower_sizes(), vision_use_head=False)
+    values = config.to_dict() | {"vision_config": tower.to_dict()}
     values["vision_feature_select_strategy"] = "full"
     del values["model_type"]
     return LlavaConfig(**values)
@@ -70,7 +82,11 @@ def write_family(folder: Path, text: str = "llama", tower: str = "clip") -> Path
         size = config.vision_config.image_size
         processor.image_processor = SiglipImageProcessorPil(size={"height": size, "width": size})
         processor.vision_feature_select_strategy, processor.num_additional_image_tokens = "full", 0
-    model = tiny_model(config)
+    return save(folder, tiny_model(config), processor)
+
+
+def save(folder: Path, model, processor) -> Path:
+    """Save both, biases drawn at random."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -78,3 +94,70 @@ def write_family(folder: Path, text: str = "llama", tower: str = "clip") -> Path
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    """tiny_processor's, with more special tokens, by the names under which processors know them."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tiny_processor().tokenizer.backend_tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens=special,
+    )
+
+
+def tower_sizes() -> dict[str, int]:
+    """What towers have in common."""
+    clip = tiny_config().vision_config
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return {name: getattr(clip, name) for name in (*names, "image_size", "patch_size")}
+
+
+def write_internvl(folder: Path, text: str = "qwen2") -> Path:
+    """16 visual tokens of 64 patches for each tile, up to four tiles and a thumbnail."""
+    config = InternVLConfig(
+        vision_config=InternVLVisionConfig(**tower_sizes()),
+        text_config=text_config(text),
+        image_token_id=3,
+        image_seq_length=16,
+    )
+    processor = without_videos(InternVLProcessor)(
+        GotOcr2ImageProcessorPil(
+            size={"height": 96, "width": 96}, min_patches=1, max_patches=4, crop_to_patches=True
+        ),
+        tokenizer(
+            context_image_token="<image>",
+            start_image_token="<img>",
+            end_image_token="</img>",
+            video_token="<video>",
+        ),
+        image_seq_length=16,
+        chat_template=TEMPLATE,
+    )
+    return save(folder, amplified(InternVLForConditionalGeneration(config)), processor)
+
+
+def write_idefics3(folder: Path, smol: bool = False) -> Path:
+    """16 visual tokens of 64 patches for each crop: up to two by two of them, and the whole picture."""
+    config = (SmolVLMConfig if smol else Idefics3Config)(
+        vision_config=tower_sizes(), text_config=text_config("llama"), image_token_id=3, scale_factor=2
+    )
+    model = (SmolVLMForConditionalGeneration if smol else Idefics3ForConditionalGeneration)(config)
+    processor = Idefics3Processor(
+        Idefics3ImageProcessorPil(size={"longest_edge": 192}, max_image_size={"longest_edge": 96}),
+        tokenizer(image_token="<image>"),
+        image_seq_len=16,
+        chat_template=TEMPLATE,
+    )
+    return save(folder, amplified(model), processor)
+
+
+# Every row of the test table.
+FAMILIES: dict[str, Callable[[Path], Path]] = {
+    **{f"llava: clip, {text}": partial(write_family, text=text) for text in TEXT},
+    "llava: siglip, llama": partial(write_family, tower="siglip"),
+    "internvl": write_internvl,
+    "idefics3": write_idefics3,
+    "smolvlm": partial(write_idefics3, smol=True),
+}

@@ -80,14 +80,23 @@ def tiny_model(config: LlavaConfig | None = None, seed: int = 0) -> LlavaForCond
     torch.manual_seed(seed)
     config = config or tiny_config()
     tiled = isinstance(config, LlavaNextConfig)
-    model = (LlavaNextForConditionalGeneration if tiled else LlavaForConditionalGeneration)(config).eval()
+    return amplified((LlavaNextForConditionalGeneration if tiled else LlavaForConditionalGeneration)(config))
+
+
+def amplified(model):
+    """Weights scaled up in place, and those random that start as constants."""
+    model.eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.mul_(3.0)
+                if not parameter.any():
+                    parameter.normal_(0, 0.1)
             elif "norm" in name:
                 # Distinct, so that a norm taken for another one shows.
                 parameter.add_(0.2 * torch.randn_like(parameter))
+            elif "lambda" in name:  # scales of InternVL's branches
+                parameter.uniform_(0.5, 1.5)
     model.generation_config.eos_token_id = 2
     model.generation_config.pad_token_id = 0
     return model

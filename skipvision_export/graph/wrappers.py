@@ -23,25 +23,19 @@ class VisionEncoder(nn.Module):
     def __init__(self, model: nn.Module, family: ModelFamily) -> None:
         """Keep the parts that the picture goes through."""
         super().__init__()
-        config: Any = model.config
+        self.family, self.config = family, model.config
         self.tower = family.vision_tower(model)
         self.projector = family.projector(model)
-        # From the end, which stays right where layers in the middle are left out.
-        dims = family.vision_dims(config)
-        self.layer = dims.num_layers - config.vision_config.num_hidden_layers - 1
-        self.first = int(dims.has_cls)
-        self.tiled = family.tiled
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Hidden states of the feature layer, a CLS row dropped, projected."""
-        if self.tiled:
+        """As the family encodes crops."""
+        if self.family.tiled:
             crops = self._encode(pixel_values.flatten(0, 1))
             return crops.unflatten(0, pixel_values.shape[:2]).flatten(1, 2)
         return self._encode(pixel_values)
 
     def _encode(self, pixel_values: Tensor) -> Tensor:
-        hidden = self.tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
-        return self.projector(hidden[self.layer][:, self.first :])  # type: ignore[no-any-return]
+        return self.family.image_features(self.config, self.tower, self.projector, pixel_values)
 
 
 class EmbedTokens(nn.Module):

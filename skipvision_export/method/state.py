@@ -169,7 +169,7 @@ class SkipVisionState:
             per_image=visual,
             total=self.layout.total,
             pad_token=text.pad_token_id or 0,
-            images=kwargs["pixel_values"].shape[0],
+            images=self.family.images(kwargs["pixel_values"]),
         )
         if new is ids:
             return {"input_ids": ids}

@@ -1,5 +1,7 @@
 """Model families, registered by importing their file here."""
 
+from skipvision_export.models import idefics3 as idefics3
+from skipvision_export.models import internvl as internvl
 from skipvision_export.models import llava as llava
 from skipvision_export.models import llava_next as llava_next
 from skipvision_export.models.registry import (

@@ -6,14 +6,14 @@ A new family is one file in this folder with one decorated class.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from skipvision_export.config import SkipVisionConfig
 from skipvision_export.errors import ModelError
 from skipvision_export.layout import TokenLayout
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 # The paper's selector, and what stands in for it where a vision tower has no CLS row (SigLIP).
@@ -35,16 +35,40 @@ class DecoderDims:
 
 @dataclass(frozen=True)
 class VisionDims:
-    """Sizes of the vision tower and projector; only layers whose output is used are counted."""
+    """Sizes of the vision tower and projector; only layers whose output is used are counted.
+
+    projector: its linear layers, each with inputs and outputs; token_patches: patches that one visual
+    token is made of; has_cls: a CLS row stands in front.
+    """
 
     num_layers: int
     hidden_size: int
     intermediate_size: int
     image_size: int
     patch_size: int
-    projector_hidden: int
-    feature_layer: int
-    has_cls: bool
+    projector: tuple[tuple[int, int], ...]
+    has_cls: bool = False
+    token_patches: int = 1
+
+    @property
+    def feature_layer(self) -> int:
+        """The last layer that is used."""
+        return self.num_layers - 1
+
+    @property
+    def patches(self) -> int:
+        """Of one crop."""
+        return int((self.image_size // self.patch_size) ** 2)
+
+    @property
+    def visual_tokens(self) -> int:
+        """Of one crop."""
+        return self.patches // self.token_patches
+
+    @property
+    def cls_chooses(self) -> bool:
+        """Can tokens be chosen by the CLS row's attention? It looks at patches, so these must be tokens."""
+        return self.has_cls and self.token_patches == 1
 
 
 class ModelFamily:
@@ -52,26 +76,43 @@ class ModelFamily:
 
     name: ClassVar[str]
     architectures: ClassVar[tuple[str, ...]]
-    tiled: ClassVar[bool] = False  # an image is a thumbnail and tiles, each with `visual_tokens`
+    # An image is a thumbnail and tiles, which become the tokens of one image.
+    tiled: ClassVar[bool] = False
+    # An image may come as several crops, each of which is an image of its own to the decoder.
+    cropped: ClassVar[bool] = False
+    # What a prompt's tokens see beside those before them: nothing, their own image, or the whole prompt.
+    sees: ClassVar[Literal["before", "image", "prompt"]] = "before"
 
     def check(self, config: Any) -> None:
         """Raise ModelError where a configuration of this family is not supported, with why."""
 
     def image_token_id(self, config: Any) -> int:
-        """Id of the placeholder token in `input_ids`."""
-        raise NotImplementedError
+        """Id of the placeholder token in `input_ids`: `image_token_index` in some files, one name in code."""
+        return int(config.image_token_id)
 
     def visual_tokens(self, config: Any) -> int:
-        """Visual tokens for each image (each crop, where `tiled`), before any is merged."""
-        raise NotImplementedError
+        """Visual tokens for each image (each crop, where there are several), before any is merged."""
+        return self.vision_dims(config).visual_tokens
 
     def most_visual_tokens(self, config: Any) -> int:
-        """Visual tokens of an image where nothing is skipped; the most there can be, where it varies."""
+        """Visual tokens of an image where nothing is skipped; the most there can be, where it is `tiled`."""
         return self.visual_tokens(config)
+
+    def inputs(self, config: Any, ids: Tensor, pixel_values: Tensor) -> dict[str, Tensor]:
+        """What the model takes beside input_ids [B, S]; pixel_values: all crops [N, 3, h, w] of one prompt."""
+        return {"pixel_values": pixel_values}
+
+    def images(self, pixel_values: Tensor) -> int:
+        """Images (crops, where each is one to the decoder) in the pixel_values that a model is called with."""
+        return int(pixel_values.shape[0])
+
+    def pack(self, model: Any, crops: Tensor, image_sizes: Tensor) -> Tensor:
+        """Of a `tiled` image's crops [T, V, D]: what the decoder reads where nothing is skipped, [n, D]."""
+        raise NotImplementedError
 
     def fitted(self, hf_config: Any, config: SkipVisionConfig) -> SkipVisionConfig:
         """A configuration for a model: without a CLS row to choose by, tokens are chosen by redundancy."""
-        if config.selector == CLS_SELECTOR and not self.vision_dims(hf_config).has_cls:
+        if config.selector == CLS_SELECTOR and not self.vision_dims(hf_config).cls_chooses:
             return replace(config, selector=SELECTOR_WITHOUT_CLS)
         return config
 
@@ -85,7 +126,7 @@ class ModelFamily:
 
     def decoder_dims(self, config: Any) -> DecoderDims:
         """Sizes of the text decoder."""
-        raise NotImplementedError
+        return text_dims(config.text_config)
 
     def vision_dims(self, config: Any) -> VisionDims:
         """Sizes of the vision tower."""
@@ -93,27 +134,33 @@ class ModelFamily:
 
     def vision_tower(self, model: nn.Module) -> nn.Module:
         """The module that turns pixels into hidden states."""
-        raise NotImplementedError
+        return model.model.vision_tower  # type: ignore[union-attr,return-value]
 
     def projector(self, model: nn.Module) -> nn.Module:
-        """The module that turns vision features into the decoder's width."""
-        raise NotImplementedError
+        """The module whose output [N, V, D] is the visual tokens in the decoder's width."""
+        return model.model.multi_modal_projector  # type: ignore[union-attr,return-value]
+
+    def image_features(self, config: Any, tower: Any, projector: Any, pixel_values: Tensor) -> Tensor:
+        """pixel_values [N, 3, h, w] -> [N, V, D]: what the model's own code does, on the two modules alone."""
+        return projector(tower(pixel_values, return_dict=True).last_hidden_state)  # type: ignore[no-any-return]
 
     def vision_layers(self, model: nn.Module) -> nn.ModuleList:
-        """The vision tower's layers, each with `self_attn.{q_proj,k_proj}`."""
-        raise NotImplementedError
+        """The vision tower's layers, each with `self_attn.{q_proj,k_proj}` where the CLS row may choose."""
+        # transformers 4 and 5 differ in the nesting.
+        tower: Any = self.vision_tower(model)
+        return getattr(tower, "vision_model", tower).encoder.layers  # type: ignore[no-any-return]
 
     def language_model(self, model: nn.Module) -> nn.Module:
         """The decoder without its head, called with inputs_embeds."""
-        raise NotImplementedError
+        return model.model.language_model  # type: ignore[union-attr,return-value]
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
         """The decoder's layers."""
-        raise NotImplementedError
+        return self.language_model(model).layers  # type: ignore[return-value]
 
     def ffn(self, layer: nn.Module) -> tuple[nn.Module, nn.Module]:
-        """(norm, MLP) of one decoder layer: the region that skipped tokens pass by."""
-        raise NotImplementedError
+        """First and last module of one decoder layer's FFN, such as its norm and MLP: skipped tokens pass by."""
+        return layer.post_attention_layernorm, layer.mlp  # type: ignore[return-value]
 
 
 # Text models whose layers stand as Llama's do: RMS norm, attention, RMS norm, gated MLP.

@@ -15,10 +15,11 @@ from skipvision_export.errors import InputError
 
 @dataclass(frozen=True)
 class PromptInputs:
-    """input_ids [1, S] int64 with one placeholder for each visual token, pixel_values [1, 3, h, w].
+    """input_ids [1, S] int64 with one placeholder for each visual token, pixel_values [N, 3, h, w].
 
-    The number of placeholders is the model's own, or, after `resize_placeholders`, the layout's. Of a
-    tiled image, pixel_values are [1, T, 3, h, w] and image_sizes [1, 2] its height and width.
+    N is 1, or the number of crops where each is an image of its own to the decoder. The number of
+    placeholders is the model's own, or, after `resize_placeholders`, the layout's. Of a tiled image,
+    pixel_values are [1, T, 3, h, w] and image_sizes [1, 2] its height and width.
     """
 
     input_ids: npt.NDArray[np.int64]
@@ -75,25 +76,27 @@ def prepare(
 ) -> PromptInputs:
     """Arrays of a picture and a question, or of a whole prompt that holds the placeholder.
 
-    visual_tokens: of a picture; None where it varies with the picture's size (tiled models).
+    visual_tokens: of a picture, or of each of its crops; None where it varies with the picture's size (tiled
+    models).
 
     Raises InputError for a picture or a prompt that cannot be used.
     """
     prompt = prompt_text(processor, prompt)
     batch = processor(images=load_image(image), text=prompt, return_tensors="np")
     ids = np.asarray(batch["input_ids"], np.int64)
-    found = int((ids == processor.image_token_id).sum())
-    if visual_tokens is not None and found != visual_tokens:
-        raise InputError(
-            f"the processor made {found} visual tokens, the model has {visual_tokens}: its patch_size "
-            "and num_additional_image_tokens do not fit the model"
-        )
+    pixels = np.asarray(batch["pixel_values"], np.float32)
+    if visual_tokens is not None:
+        pixels = pixels.reshape(-1, *pixels.shape[-3:])  # Idefics3 puts a prompt's crops behind an axis of prompts
+        # Gemma3's processor calls the token in front of a picture its image token, its tokenizer does not.
+        token = getattr(processor.tokenizer, "image_token_id", None) or processor.image_token_id
+        found = int((ids == token).sum())
+        if found != len(pixels) * visual_tokens:
+            raise InputError(
+                f"the processor made {found} visual tokens for {len(pixels)} crops, the model has {visual_tokens} "
+                "for each: its image size, patch_size or number of tokens do not fit the model"
+            )
     sizes = batch.get("image_sizes") if visual_tokens is None else None
-    return PromptInputs(
-        ids,
-        np.asarray(batch["pixel_values"], np.float32),
-        None if sizes is None else np.asarray(sizes, np.int64),
-    )
+    return PromptInputs(ids, pixels, None if sizes is None else np.asarray(sizes, np.int64))
 
 
 def resize_placeholders(

@@ -95,8 +95,12 @@ def plan(
     from skipvision_export.runtime.pipeline import eos_tokens
 
     layout = source.family.layout(source.config, config)
-    if source.family.tiled:
-        raise ModelError(f"training of {source.family.name} models, which tile pictures, is not supported")
+    family = source.family
+    if family.tiled or family.cropped or family.sees != "before":
+        raise ModelError(
+            f"training of {family.name} models is not supported, only of those with one crop for each picture "
+            "whose prompts see no later tokens"
+        )
     processor = load_processor(source.folder)
     encoder = Encoder(
         processor,
