@@ -7,8 +7,21 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tiny import TEMPLATE, amplified, tiny_config, tiny_model, tiny_processor
+from tiny import (
+    TEMPLATE,
+    amplified,
+    tiny_config,
+    tiny_model,
+    tiny_next_config,
+    tiny_processor,
+    write_tiny_next,
+)
 from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessorPil,
+    Gemma3Processor,
+    Gemma3TextConfig,
     GemmaConfig,
     GotOcr2ImageProcessorPil,
     Idefics3Config,
@@ -21,7 +34,14 @@ from transformers import (
     InternVLVisionConfig,
     LlamaConfig,
     LlavaConfig,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessorPil,
+    LlavaOnevisionProcessor,
     MistralConfig,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -42,6 +62,8 @@ TEXT = {
     "gemma": GemmaConfig,
     "phi3": Phi3Config,
 }
+# Text models that come in one family only.
+OWN_TEXT = {"gemma3_text": Gemma3TextConfig}
 
 
 def text_config(kind: str):
@@ -55,12 +77,15 @@ def text_config(kind: str):
         "bos_token_id",
         "eos_token_id",
     )
-    more = {"head_dim": 24} if kind in ("qwen3", "gemma") else {}
+    more = {"head_dim": 24} if kind in ("qwen3", "gemma", "gemma3_text") else {}
     if kind == "mistral":
         more["sliding_window"] = None
     if kind == "phi3":
         more["original_max_position_embeddings"] = values["max_position_embeddings"]
-    return TEXT[kind](**{name: values[name] for name in names}, **more)
+    if kind == "gemma3_text":  # two kinds of layers; the window is as long as the longest sequence
+        more |= {"sliding_window": values["max_position_embeddings"], "query_pre_attn_scalar": 24}
+        more["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"]
+    return (TEXT | OWN_TEXT)[kind](**{name: values[name] for name in names}, **more)
 
 
 def siglip(config: LlavaConfig) -> LlavaConfig:
@@ -153,11 +178,72 @@ def write_idefics3(folder: Path, smol: bool = False) -> Path:
     return save(folder, amplified(model), processor)
 
 
+def write_onevision(folder: Path) -> Path:
+    """64 visual tokens for each of a thumbnail and up to four tiles."""
+    grids = tiny_next_config().image_grid_pinpoints
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**tower_sizes(), vision_use_head=False),
+        text_config=text_config("qwen2"),
+        image_token_index=3,
+        image_grid_pinpoints=grids,
+        vision_aspect_ratio="anyres_max_2",
+    )
+    processor = without_videos(LlavaOnevisionProcessor)(
+        LlavaOnevisionImageProcessorPil(size={"height": 96, "width": 96}, image_grid_pinpoints=grids),
+        tokenizer(image_token="<image>", video_token="<video>"),
+        num_image_tokens=64,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_2",
+        chat_template=TEMPLATE,
+    )
+    return save(folder, amplified(LlavaOnevisionForConditionalGeneration(config)), processor)
+
+
+def write_paligemma(folder: Path) -> Path:
+    """64 visual tokens."""
+    config = PaliGemmaConfig(
+        vision_config=SiglipVisionConfig(**tower_sizes(), vision_use_head=False),
+        text_config=text_config("gemma"),
+        image_token_index=3,
+        projection_dim=64,
+        hidden_size=64,
+        vocab_size=280,
+    )
+    images = SiglipImageProcessorPil(size={"height": 96, "width": 96})
+    images.image_seq_length = 64
+    processor = PaliGemmaProcessor(images, tokenizer(image_token="<image>"), chat_template=TEMPLATE)
+    return save(folder, amplified(PaliGemmaForConditionalGeneration(config)), processor)
+
+
+def write_gemma3(folder: Path) -> Path:
+    """16 visual tokens, each the mean of four patches."""
+    special = tokenizer(image_token="<image>", boi_token="<boi>", eoi_token="<eoi>")
+    config = Gemma3Config(
+        vision_config=SiglipVisionConfig(**tower_sizes(), vision_use_head=False),
+        text_config=text_config("gemma3_text"),
+        mm_tokens_per_image=16,
+        image_token_index=special.image_token_id,
+        boi_token_index=special.boi_token_id,
+        eoi_token_index=special.eoi_token_id,
+    )
+    processor = Gemma3Processor(
+        Gemma3ImageProcessorPil(size={"height": 96, "width": 96}),
+        special,
+        chat_template=TEMPLATE.replace("<image>", "<boi>"),
+        image_seq_length=16,
+    )
+    return save(folder, amplified(Gemma3ForConditionalGeneration(config)), processor)
+
+
 # Every row of the test table.
 FAMILIES: dict[str, Callable[[Path], Path]] = {
     **{f"llava: clip, {text}": partial(write_family, text=text) for text in TEXT},
     "llava: siglip, llama": partial(write_family, tower="siglip"),
+    "llava_next: clip, llama": write_tiny_next,
+    "llava_onevision: siglip, qwen2": write_onevision,
     "internvl": write_internvl,
     "idefics3": write_idefics3,
     "smolvlm": partial(write_idefics3, smol=True),
+    "paligemma": write_paligemma,
+    "gemma3": write_gemma3,
 }

@@ -66,7 +66,7 @@ class EmbedTokens(nn.Module):
 class Decoder(nn.Module):
     """One pass of the text decoder over S new positions with P cached ones.
 
-    inputs_embeds [B, S, D], attention_mask [B, P+S] int64, position_ids [B, S] int64, then past
+    inputs_embeds [B, S, D], attention_mask [B, P+S] int64, position_ids [B, S] int64 from 0, then past
     keys and values [B, H, P, Dh] of each layer in turn (none in prefill) -> logits [B, 1, vocab]
     of the last position, then keys and values [B, H, P+S, Dh] of each layer in turn.
     """
@@ -74,7 +74,7 @@ class Decoder(nn.Module):
     def __init__(self, model: nn.Module, family: ModelFamily) -> None:
         """Keep the decoder and its head."""
         super().__init__()
-        self.decoder = family.language_model(model)
+        self.decoder, self.first = family.language_model(model), family.first_position
         self.head: Any = model.get_output_embeddings()  # type: ignore[operator]
 
     def forward(
@@ -93,7 +93,7 @@ class Decoder(nn.Module):
         out = self.decoder(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            position_ids=position_ids,
+            position_ids=position_ids + self.first if self.first else position_ids,
             past_key_values=cache,
             use_cache=True,
         )

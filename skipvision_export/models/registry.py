@@ -5,16 +5,19 @@ A new family is one file in this folder with one decorated class.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from skipvision_export.config import SkipVisionConfig
-from skipvision_export.errors import ModelError
+from skipvision_export.errors import ConfigError, ModelError
 from skipvision_export.layout import TokenLayout
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+
+Sees = Literal["before", "image", "prompt"]
 
 # The paper's selector, and what stands in for it where a vision tower has no CLS row (SigLIP).
 CLS_SELECTOR, SELECTOR_WITHOUT_CLS = "cls_attention", "dart"
@@ -81,7 +84,9 @@ class ModelFamily:
     # An image may come as several crops, each of which is an image of its own to the decoder.
     cropped: ClassVar[bool] = False
     # What a prompt's tokens see beside those before them: nothing, their own image, or the whole prompt.
-    sees: ClassVar[Literal["before", "image", "prompt"]] = "before"
+    sees: ClassVar[Sees] = "before"
+    # The position of a sequence's first token; the graphs add it to positions from 0 on.
+    first_position: ClassVar[int] = 0
 
     def check(self, config: Any) -> None:
         """Raise ModelError where a configuration of this family is not supported, with why."""
@@ -118,6 +123,11 @@ class ModelFamily:
 
     def layout(self, hf_config: Any, config: SkipVisionConfig) -> TokenLayout:
         """Resolve a configuration for a model; raises ConfigError where it does not fit."""
+        if config.strict and self.sees != "before":
+            raise ConfigError(
+                f"strict masking is for models whose tokens see only those before them, {self.name} tokens see "
+                f"their whole {self.sees}; use the preset without it"
+            )
         return self.fitted(hf_config, config).layout(
             self.visual_tokens(hf_config),
             num_layers=self.decoder_dims(hf_config).num_layers,
@@ -167,17 +177,29 @@ class ModelFamily:
 _TEXT_MODELS = ("llama", "qwen2", "qwen3", "mistral", "gemma", "phi3")
 
 
-def check_text(text: Any) -> None:
+def check_text(text: Any, supported: Sequence[str] = _TEXT_MODELS) -> None:
     """Raise ModelError for a text model that is not known to be of Llama's build, with why."""
-    if text.model_type not in _TEXT_MODELS:
-        raise ModelError(f"the text model is {text.model_type!r}; supported: {', '.join(_TEXT_MODELS)}")
-    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    if text.model_type not in supported:
+        raise ModelError(f"the text model is {text.model_type!r}; supported: {', '.join(supported)}")
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     window = getattr(text, "sliding_window", None)
     if kinds or (window is not None and window < text.max_position_embeddings):
         raise ModelError(
             f"the text model has sliding windows (sliding_window={window}), which count cached positions: a "
             "pruned cache would move them; supported: full attention in every layer"
         )
+
+
+def siglip_dims(vision: Any, out: int) -> VisionDims:
+    """Sizes of a SigLIP tower whose last layer is used, and of one linear layer to the decoder's width."""
+    return VisionDims(
+        num_layers=vision.num_hidden_layers,
+        hidden_size=vision.hidden_size,
+        intermediate_size=vision.intermediate_size,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        projector=((vision.hidden_size, out),),
+    )
 
 
 def text_dims(text: Any) -> DecoderDims:
