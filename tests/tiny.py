@@ -77,15 +77,15 @@ def tiny_next_config(image_size: int = 96, patch_size: int = 12) -> LlavaNextCon
 
 def tiny_model(config: LlavaConfig | None = None, seed: int = 0) -> LlavaForConditionalGeneration:
     """Random weights, matrices three times the stock scale."""
-    torch.manual_seed(seed)
     config = config or tiny_config()
     tiled = isinstance(config, LlavaNextConfig)
-    return amplified((LlavaNextForConditionalGeneration if tiled else LlavaForConditionalGeneration)(config))
+    return amplified(LlavaNextForConditionalGeneration if tiled else LlavaForConditionalGeneration, config, seed)
 
 
-def amplified(model):
-    """Weights scaled up in place, and those random that start as constants."""
-    model.eval()
+def amplified(kind, config, seed: int = 0):
+    """A model of a class, weights scaled up, and those random that start as constants."""
+    torch.manual_seed(seed)
+    model = kind(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:

@@ -21,6 +21,7 @@ Sees = Literal["before", "image", "prompt"]
 
 # The paper's selector, and what stands in for it where a vision tower has no CLS row (SigLIP).
 CLS_SELECTOR, SELECTOR_WITHOUT_CLS = "cls_attention", "dart"
+THUMBNAIL_SELECTOR = "thumbnail"
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,14 @@ class ModelFamily:
         raise NotImplementedError
 
     def fitted(self, hf_config: Any, config: SkipVisionConfig) -> SkipVisionConfig:
-        """A configuration for a model: without a CLS row to choose by, tokens are chosen by redundancy."""
+        """A configuration for a model.
+
+        Of tiles, counts retain the thumbnail and merge the rest. Without a CLS row to choose by, tokens are
+        chosen by redundancy.
+        """
+        by_counts = config.retained is not None and config.visual_tokens is None
+        if self.tiled and by_counts and config.selector == CLS_SELECTOR:
+            return replace(config, selector=THUMBNAIL_SELECTOR, tiled=True)
         if config.selector == CLS_SELECTOR and not self.vision_dims(hf_config).cls_chooses:
             return replace(config, selector=SELECTOR_WITHOUT_CLS)
         return config
@@ -218,6 +226,12 @@ def text_dims(text: Any) -> DecoderDims:
 
 _FAMILIES: dict[str, ModelFamily] = {}
 
+# Architectures in which there is nothing to skip, and why.
+_REFUSED = {
+    "MllamaForConditionalGeneration": "its decoder reads visual tokens by cross-attention, so they are not in its "
+    "sequence: no FFN sees them, and their keys and values are computed once",
+}
+
 
 def register(cls: type[ModelFamily]) -> type[ModelFamily]:
     """Class decorator: make a family known under each of its architectures."""
@@ -237,6 +251,8 @@ def family_of(architectures: list[str] | None, where: str) -> ModelFamily:
     for architecture in architectures or []:
         if architecture in _FAMILIES:
             return _FAMILIES[architecture]
+        if architecture in _REFUSED:
+            raise ModelError(f"{where} names {architecture}, in which nothing can be skipped: {_REFUSED[architecture]}")
     found = ", ".join(architectures or []) or "no architecture at all"
     raise ModelError(
         f"{where} names {found}, which is not supported; supported: {', '.join(supported_architectures())}"
