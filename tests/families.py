@@ -82,8 +82,8 @@ def text_config(kind: str, layers: int = 2):
         more["sliding_window"] = None
     if kind == "phi3":
         more["original_max_position_embeddings"] = values["max_position_embeddings"]
-    if kind == "gemma3_text":  # two kinds of layers; the window is as long as the longest sequence
-        more |= {"sliding_window": values["max_position_embeddings"], "query_pre_attn_scalar": 24}
+    if kind == "gemma3_text":
+        more |= {"sliding_window": 96, "query_pre_attn_scalar": 24}
         more["layer_types"] = ["sliding_attention", "full_attention"]
     return (TEXT | OWN_TEXT)[kind](**{name: values[name] for name in names}, num_hidden_layers=layers, **more)
 

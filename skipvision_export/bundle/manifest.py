@@ -97,7 +97,8 @@ class Roles(StrictModel):
 class ModelInfo(StrictModel):
     """Sizes that runtimes and benchmarks need without opening a graph.
 
-    visual_tokens are those of one crop where an image is `tiled`, a thumbnail and tiles.
+    visual_tokens are those of one crop where an image is `tiled`, a thumbnail and tiles. max_positions: of
+    a sequence, generated tokens included; no graph may be given a position beyond.
     """
 
     num_layers: int
@@ -110,6 +111,7 @@ class ModelInfo(StrictModel):
     visual_tokens: int
     image_token_id: int
     tiled: bool = False
+    max_positions: int | None = None
 
 
 class PromptInfo(StrictModel):

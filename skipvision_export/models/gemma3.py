@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 @register
 class Gemma3(ModelFamily):
-    """`Gemma3ForConditionalGeneration` of transformers; the tokens of an image see each other."""
+    """`Gemma3ForConditionalGeneration` of transformers; the tokens of an image see each other.
+
+    Its sliding windows count cached positions, which pruning moves; a sequence within one window does not
+    notice.
+    """
 
     name = "gemma3"
     architectures = ("Gemma3ForConditionalGeneration",)
@@ -23,7 +27,7 @@ class Gemma3(ModelFamily):
     def check(self, config: Any) -> None:
         """Gemma 3's own text model, which has no caps."""
         text = config.text_config
-        check_text(text, ("gemma3_text",))
+        check_text(text, ("gemma3_text",), windows=True)
         if text.attn_logit_softcapping or text.final_logit_softcapping or text.use_bidirectional_attention:
             raise ModelError(
                 "the text model caps its logits or lets text see later tokens (attn_logit_softcapping, "
@@ -34,6 +38,11 @@ class Gemma3(ModelFamily):
         """1 for the tokens of images."""
         kinds = (ids == self.image_token_id(config)).to(ids.dtype)
         return {"pixel_values": pixel_values, "token_type_ids": kinds}
+
+    def max_positions(self, config: Any) -> int | None:
+        """Those of one window."""
+        text = config.text_config
+        return min(text.max_position_embeddings, text.sliding_window)
 
     def vision_dims(self, config: Any) -> VisionDims:
         """One token is the mean of a square of patches."""

@@ -142,6 +142,10 @@ class ModelFamily:
             tiled=self.tiled,
         )
 
+    def max_positions(self, config: Any) -> int | None:
+        """The longest sequence of the text decoder, where its configuration names one."""
+        return getattr(config.get_text_config(), "max_position_embeddings", None)
+
     def decoder_dims(self, config: Any) -> DecoderDims:
         """Sizes of the text decoder."""
         return text_dims(config.text_config)
@@ -185,13 +189,16 @@ class ModelFamily:
 _TEXT_MODELS = ("llama", "qwen2", "qwen3", "mistral", "gemma", "phi3")
 
 
-def check_text(text: Any, supported: Sequence[str] = _TEXT_MODELS) -> None:
-    """Raise ModelError for a text model that is not known to be of Llama's build, with why."""
+def check_text(text: Any, supported: Sequence[str] = _TEXT_MODELS, *, windows: bool = False) -> None:
+    """Raise ModelError for a text model that is not known to be of Llama's build, with why.
+
+    windows: whether layers may have sliding windows; then no sequence may be longer than those.
+    """
     if text.model_type not in supported:
         raise ModelError(f"the text model is {text.model_type!r}; supported: {', '.join(supported)}")
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     window = getattr(text, "sliding_window", None)
-    if kinds or (window is not None and window < text.max_position_embeddings):
+    if kinds or (window is not None and window < text.max_position_embeddings and not windows):
         raise ModelError(
             f"the text model has sliding windows (sliding_window={window}), which count cached positions: a "
             "pruned cache would move them; supported: full attention in every layer"

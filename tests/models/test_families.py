@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from families import FAMILIES, text_config
+from families import FAMILIES, text_config, write_gemma3
 from family_check import LIMIT, PARITY, SIZES, Subject, picture
 from tiny import tiny_config, tiny_model
 from transformers import Idefics3Config, PaliGemmaConfig
@@ -84,6 +84,11 @@ def test_a_selection_that_does_not_fit_the_tower_is_refused(tmp_path):
     config = tiny_config()
     config.vision_feature_select_strategy = "full"
     refused(tmp_path, config, "supported with clip_vision_model: 'default'")
+
+
+def test_sequences_of_gemma3_stay_within_a_window(tmp_path):
+    source = resolve_model(write_gemma3(tmp_path))
+    assert source.family.max_positions(source.config) == 96
 
 
 def test_cross_attention_is_refused(tmp_path, capsys):

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from skipvision_export.config import SkipVisionConfig
 from skipvision_export.graph.passes.grouped_prefill import GroupedPrefillPass
+from skipvision_export.graph.passes.grouped_rotary import GroupedRotaryPass
 from skipvision_export.graph.passes.half_rotary import HalfRotaryPass
 from skipvision_export.graph.passes.int4_weights import Int4WeightsPass
 from skipvision_export.graph.passes.kv_prune import KVPrunePass
@@ -32,6 +33,7 @@ class PassContext:
     """What passes have to know about the model and the method.
 
     sees: what of a prompt its tokens see (ModelFamily.sees).
+    max_positions: of a sequence, where the model names a limit.
     summary: weights of the summary tokens, see LayOutPass; empty where the layout has none. pack, int4: the
     passes that both decoder graphs go through, where projections are packed, and where weights become int4.
     """
@@ -42,6 +44,7 @@ class PassContext:
     config: SkipVisionConfig
     layout: TokenLayout
     sees: str = "before"
+    max_positions: int | None = None
     summary: Weights = field(default_factory=dict)
     pack: PackProjectionsPass | None = None
     int4: Int4WeightsPass | None = None
@@ -87,6 +90,6 @@ def variants_for(graph: str, context: PassContext) -> dict[str, list[ir.passes.I
     """
     forms: dict[str, list[ir.passes.InPlacePass]] = {
         PREFILL: [GroupedPrefillPass()] if context.sees == "before" else [],
-        DECODE: [SharedKVPass(), SkipNormPass()],
+        DECODE: [SharedKVPass(), GroupedRotaryPass(context.max_positions), SkipNormPass()],
     }
     return {"onnxruntime": forms[graph]} if forms.get(graph) else {}
