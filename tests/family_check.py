@@ -76,7 +76,9 @@ class Subject:
             )
         mine, _ = self.reference.run(self.reference.prepare(image, question), steps)
         assert mine.token_ids == out.sequences[0, given["input_ids"].shape[1] :].tolist()
-        return max(float(np.abs(a - b[0].numpy()).max()) for a, b in zip(mine.logits, out.logits, strict=True))
+        return max(
+            float(np.abs(a - b[0].numpy()).max()) for a, b in zip(mine.logits, out.logits, strict=True)
+        )
 
 
 # The first in one crop where pictures are cropped, the second in several.

@@ -79,7 +79,9 @@ def tiny_model(config: LlavaConfig | None = None, seed: int = 0) -> LlavaForCond
     """Random weights, matrices three times the stock scale."""
     config = config or tiny_config()
     tiled = isinstance(config, LlavaNextConfig)
-    return amplified(LlavaNextForConditionalGeneration if tiled else LlavaForConditionalGeneration, config, seed)
+    return amplified(
+        LlavaNextForConditionalGeneration if tiled else LlavaForConditionalGeneration, config, seed
+    )
 
 
 def amplified(kind, config, seed: int = 0):

@@ -66,8 +66,8 @@ def inspect(
     dense = result["dense"]
     print(
         f"{result['architecture']}: family {result['family']}, {result['num_layers']} decoder layers, "
-        f"{result['visual_tokens']} visual tokens{' for each crop' if result['cropped'] else ''}, counted with "
-        f"{text_tokens} text tokens"
+        f"{result['visual_tokens']} visual tokens{' for each crop' if result['cropped'] else ''}, "
+        f"counted with {text_tokens} text tokens"
     )
     rows = {"dense": dense, **result["presets"]}
     width = max(map(len, rows)) + 2

@@ -182,7 +182,7 @@ class SkipVisionState:
     # -- decoder ---------------------------------------------------------------------------------
 
     def on_model(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        """Pre-hook on the multimodal model: the skipped positions of a prefill, masks and positions in decode."""
+        """Pre-hook on the multimodal model: skipped positions in prefill, mask and positions in decode."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         cache = kwargs.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
@@ -217,7 +217,9 @@ class SkipVisionState:
         """The mask of what is left in the cache, and the original positions."""
         if self.keep_index is None or self.keep_mask is None:
             return None
-        tokens = next(x for x in (kwargs.get("input_ids"), *args, kwargs.get("inputs_embeds")) if x is not None)
+        tokens = next(
+            x for x in (kwargs.get("input_ids"), *args, kwargs.get("inputs_embeds")) if x is not None
+        )
         mask, new, kept = kwargs.get("attention_mask"), tokens.shape[1], self.keep_index.shape[1]
         generated = past - kept + new
         if mask is not None and mask.dim() == 2 and mask.shape[1] != kept + generated:

@@ -30,8 +30,8 @@ class Idefics3(ModelFamily):
         side = vision.image_size // vision.patch_size
         if not _in_order(side):
             raise ModelError(
-                f"the vision tower has {side} patches in a row, to which its code gives positions that are not "
-                "0, 1, 2, ... (by rounding), which the exported graph has; supported are 26, 27, 32 and others"
+                f"the vision tower has {side} patches in a row, to which its code gives, by rounding, "
+                "positions that are not 0, 1, 2, ... as in the exported graph; supported are 26, 27, 32 and others"
             )
 
     def inputs(self, config: Any, ids: Tensor, pixel_values: Tensor) -> dict[str, Tensor]:
@@ -76,7 +76,7 @@ class Idefics3(ModelFamily):
 
 
 def _in_order(side: int) -> bool:
-    """Does Idefics3VisionEmbeddings give `side` patches in a row the positions 0, 1, 2, ...? Its float32 may not."""
+    """Does Idefics3VisionEmbeddings give a row of patches the positions 0, 1, 2, ...? Its float32 may not."""
     import torch
 
     places = torch.arange(side, dtype=torch.float32) * (1.0 / torch.tensor(side))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @register
 class InternVL(ModelFamily):
-    """`InternVLForConditionalGeneration` of transformers; every tile is an image of its own to the decoder."""
+    """`InternVLForConditionalGeneration` of transformers; each tile is an image of its own to the decoder."""
 
     name = "internvl"
     architectures = ("InternVLForConditionalGeneration",)

@@ -101,15 +101,15 @@ class ModelFamily:
         return self.vision_dims(config).visual_tokens
 
     def most_visual_tokens(self, config: Any) -> int:
-        """Visual tokens of an image where nothing is skipped; the most there can be, where it is `tiled`."""
+        """Visual tokens of an image (crop) where nothing is skipped; the most there can be, where `tiled`."""
         return self.visual_tokens(config)
 
     def inputs(self, config: Any, ids: Tensor, pixel_values: Tensor) -> dict[str, Tensor]:
-        """What the model takes beside input_ids [B, S]; pixel_values: all crops [N, 3, h, w] of one prompt."""
+        """What the model takes beside input_ids [1, S]; pixel_values: all crops [N, 3, h, w] of a prompt."""
         return {"pixel_values": pixel_values}
 
     def images(self, pixel_values: Tensor) -> int:
-        """Images (crops, where each is one to the decoder) in the pixel_values that a model is called with."""
+        """Images (crops, where each is one to the decoder) in what `inputs` makes of pixel_values."""
         return int(pixel_values.shape[0])
 
     def pack(self, model: Any, crops: Tensor, image_sizes: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class ModelFamily:
         """Resolve a configuration for a model; raises ConfigError where it does not fit."""
         if config.strict and self.sees != "before":
             raise ConfigError(
-                f"strict masking is for models whose tokens see only those before them, {self.name} tokens see "
+                f"strict masking is for models whose tokens see those before them, {self.name} tokens see "
                 f"their whole {self.sees}; use the preset without it"
             )
         return self.fitted(hf_config, config).layout(
@@ -163,7 +163,7 @@ class ModelFamily:
         return model.model.multi_modal_projector  # type: ignore[union-attr,return-value]
 
     def image_features(self, config: Any, tower: Any, projector: Any, pixel_values: Tensor) -> Tensor:
-        """pixel_values [N, 3, h, w] -> [N, V, D]: what the model's own code does, on the two modules alone."""
+        """pixel_values [N, 3, h, w] -> [N, V, D]: what the model's code does, on the two modules alone."""
         return projector(tower(pixel_values, return_dict=True).last_hidden_state)  # type: ignore[no-any-return]
 
     def vision_layers(self, model: nn.Module) -> nn.ModuleList:
@@ -181,7 +181,7 @@ class ModelFamily:
         return self.language_model(model).layers  # type: ignore[return-value]
 
     def ffn(self, layer: nn.Module) -> tuple[nn.Module, nn.Module]:
-        """First and last module of one decoder layer's FFN, such as its norm and MLP: skipped tokens pass by."""
+        """First and last module of a layer's FFN, such as norm and MLP: skipped tokens pass by all of it."""
         return layer.post_attention_layernorm, layer.mlp  # type: ignore[return-value]
 
 
@@ -235,8 +235,8 @@ _FAMILIES: dict[str, ModelFamily] = {}
 
 # Architectures in which there is nothing to skip, and why.
 _REFUSED = {
-    "MllamaForConditionalGeneration": "its decoder reads visual tokens by cross-attention, so they are not in its "
-    "sequence: no FFN sees them, and their keys and values are computed once",
+    "MllamaForConditionalGeneration": "its decoder reads visual tokens by cross-attention, so they are not "
+    "in its sequence: no FFN sees them, and their keys and values are computed once",
 }
 
 
@@ -259,7 +259,9 @@ def family_of(architectures: list[str] | None, where: str) -> ModelFamily:
         if architecture in _FAMILIES:
             return _FAMILIES[architecture]
         if architecture in _REFUSED:
-            raise ModelError(f"{where} names {architecture}, in which nothing can be skipped: {_REFUSED[architecture]}")
+            raise ModelError(
+                f"{where} names {architecture}, in which nothing can be skipped: {_REFUSED[architecture]}"
+            )
     found = ", ".join(architectures or []) or "no architecture at all"
     raise ModelError(
         f"{where} names {found}, which is not supported; supported: {', '.join(supported_architectures())}"

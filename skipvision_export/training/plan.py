@@ -98,8 +98,8 @@ def plan(
     family = source.family
     if family.tiled or family.cropped or family.sees != "before":
         raise ModelError(
-            f"training of {family.name} models is not supported, only of those with one crop for each picture "
-            "whose prompts see no later tokens"
+            f"training of {family.name} models is not supported, only of those with one crop for each "
+            "picture whose tokens see those before them"
         )
     processor = load_processor(source.folder)
     encoder = Encoder(
