@@ -53,10 +53,12 @@ class Subject:
     def twins(self, folder: Path, steps: int) -> dict[str, float]:
         """The rewrite gap of each broken bundle; that of an intact one is within the limit."""
         found = {}
-        for graph, damage in TWINS:
-            intact = twin(self.skip, folder / graph, leave_as_it_is, graph)
+        later = self.traced.source.family.sees != "before"
+        for graph, damage in (*TWINS, ("decoder_prefill", see_only_before))[: 2 + later]:
+            at = folder / f"{graph}-{damage.__name__}"
+            intact = twin(self.skip, at, leave_as_it_is, graph)
             assert self.measure(intact, ("rewrite",), steps, 1).passed
-            broken = self.measure(twin(self.skip, folder / graph, damage, graph), ("rewrite",), steps, 1)
+            broken = self.measure(twin(self.skip, at, damage, graph), ("rewrite",), steps, 1)
             found[damage.__name__] = broken.gaps["rewrite"].overall.max_abs
         return found
 
@@ -129,6 +131,16 @@ def count_positions_one_further(graph: ir.Graph) -> None:
     for node, at in users:
         node.replace_input_with(at, add.outputs[0])
     graph.insert_before(graph[0], add)
+
+
+def see_only_before(graph: ir.Graph) -> None:
+    """Attention in prefill is causal, where it should also see its picture, or all of the prompt."""
+    masks = {node.inputs[3] for node in graph if node.op_type == "Attention"}
+    for mask in masks:
+        wider = mask.producer()
+        if wider.op_type != "Or":  # the last layer reads one row of it
+            wider = wider.inputs[0].producer()
+        ir.convenience.replace_all_uses_with(wider.outputs[0], wider.inputs[0])
 
 
 TWINS = (("decoder_prefill", let_a_row_pass_by), ("decoder_decode", count_positions_one_further))

@@ -30,8 +30,8 @@ class Idefics3(ModelFamily):
         side = vision.image_size // vision.patch_size
         if not _in_order(side):
             raise ModelError(
-                f"the vision tower has {side} patches in a row, to which its code gives, by rounding, "
-                "positions that are not 0, 1, 2, ... as in the exported graph; supported are 26, 27, 32 and others"
+                f"the vision tower has {side} patches in a row; its code rounds their positions to others "
+                "than 0, 1, 2, ..., which the exported graph has; supported are 26, 27, 32 and others"
             )
 
     def inputs(self, config: Any, ids: Tensor, pixel_values: Tensor) -> dict[str, Tensor]:

@@ -86,16 +86,15 @@ def prepare(
     ids = np.asarray(batch["input_ids"], np.int64)
     pixels = np.asarray(batch["pixel_values"], np.float32)
     if visual_tokens is not None:
-        pixels = pixels.reshape(
-            -1, *pixels.shape[-3:]
-        )  # Idefics3 puts a prompt's crops behind an axis of prompts
+        # Idefics3's processor puts a prompt's crops behind an axis of prompts.
+        pixels = pixels.reshape(-1, *pixels.shape[-3:])
         # Gemma3's processor calls the token in front of a picture its image token, its tokenizer does not.
         token = getattr(processor.tokenizer, "image_token_id", None) or processor.image_token_id
         found = int((ids == token).sum())
         if found != len(pixels) * visual_tokens:
             raise InputError(
                 f"the processor made {found} visual tokens for {len(pixels)} crops, the model has "
-                f"{visual_tokens} for each: its image size, patch_size or number of tokens do not fit the model"
+                f"{visual_tokens} for each: its sizes or numbers of tokens do not fit the model"
             )
     sizes = batch.get("image_sizes") if visual_tokens is None else None
     return PromptInputs(ids, pixels, None if sizes is None else np.asarray(sizes, np.int64))
