@@ -89,6 +89,11 @@ class ModelFamily:
     # The position of a sequence's first token; the graphs add it to positions from 0 on.
     first_position: ClassVar[int] = 0
 
+    @property
+    def plain(self) -> bool:
+        """One crop for each image, and tokens that see those before them: what training and calibration take."""
+        return not self.tiled and not self.cropped and self.sees == "before"
+
     def check(self, config: Any) -> None:
         """Raise ModelError where a configuration of this family is not supported, with why."""
 

@@ -95,10 +95,9 @@ def plan(
     from skipvision_export.runtime.pipeline import eos_tokens
 
     layout = source.family.layout(source.config, config)
-    family = source.family
-    if family.tiled or family.cropped or family.sees != "before":
+    if not source.family.plain:
         raise ModelError(
-            f"training of {family.name} models is not supported, only of those with one crop for each "
+            f"training of {source.family.name} models is not supported, only of those with one crop for each "
             "picture whose tokens see those before them"
         )
     processor = load_processor(source.folder)
