@@ -91,7 +91,7 @@ class ModelFamily:
 
     @property
     def plain(self) -> bool:
-        """One crop for each image, and tokens that see those before them: what training and calibration take."""
+        """One crop for each image, and tokens that see those before them: for training and calibration."""
         return not self.tiled and not self.cropped and self.sees == "before"
 
     def check(self, config: Any) -> None:

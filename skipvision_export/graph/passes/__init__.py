@@ -17,7 +17,7 @@ from skipvision_export.graph.passes.int4_weights import Int4WeightsPass
 from skipvision_export.graph.passes.kv_prune import KVPrunePass
 from skipvision_export.graph.passes.last_layer import LastLayerPass
 from skipvision_export.graph.passes.lay_out import LayOutPass, Weights
-from skipvision_export.graph.passes.names import DECODE, EMBED, PREFILL, VISION
+from skipvision_export.graph.passes.names import APPEND, DECODE, EMBED, PREFILL, VISION
 from skipvision_export.graph.passes.native_gqa import NativeGQAPass
 from skipvision_export.graph.passes.pack_projections import PackProjectionsPass
 from skipvision_export.graph.passes.shared_kv import SharedKVPass
@@ -62,21 +62,23 @@ def passes_for(graph: str, context: PassContext) -> list[ir.passes.InPlacePass]:
     config, layout = context.config, context.layout
     weights: list[ir.passes.InPlacePass] = [each for each in (context.pack, context.int4) if each]
     tiers = [layout.layer_tier(layer) for layer in range(context.num_layers)]
+    prefill: list[ir.passes.InPlacePass] = [
+        HalfRotaryPass(),
+        NativeGQAPass(),
+        *([WiderMaskPass(context.sees)] if context.sees != "before" else []),
+        *([StrictMaskPass()] if config.strict else []),
+        LastLayerPass(),
+        SkipFFNPass(tiers),
+        KVPrunePass(context.num_layers),
+        *weights,
+    ]
     passes: dict[str, list[ir.passes.InPlacePass]] = {
         VISION: [
             LayOutPass(config, layout, context.visual_tokens, context.vision_layers, context.summary),
         ],
         EMBED: [],
-        PREFILL: [
-            HalfRotaryPass(),
-            NativeGQAPass(),
-            *([WiderMaskPass(context.sees)] if context.sees != "before" else []),
-            *([StrictMaskPass()] if config.strict else []),
-            LastLayerPass(),
-            SkipFFNPass(tiers),
-            KVPrunePass(context.num_layers),
-            *weights,
-        ],
+        PREFILL: prefill,
+        APPEND: prefill,
         DECODE: [HalfRotaryPass(), NativeGQAPass(), *weights],
     }
     return passes[graph]

@@ -6,21 +6,26 @@ import onnx_ir as ir
 from onnx_ir import tape
 
 from skipvision_export.graph.passes.matching import require
-from skipvision_export.graph.passes.strict_mask import change_masks, image_index_input, starts_late
+from skipvision_export.graph.passes.strict_mask import (
+    change_masks,
+    image_index_input,
+    pictures,
+    starts_late,
+)
 from skipvision_export.tokens.ops import constant
 
 
 class WiderMaskPass(ir.passes.InPlacePass):
     """Let each layer's Attention see more of the prompt than what comes before.
 
-    With M the boolean mask [B, 1, S, S] and valid = attention_mask != 0:
+    With M the boolean mask [B, 1, S, P+S], P cached positions, and valid = attention_mask != 0:
 
         sees "prompt"   M or valid[b, k]
         sees "image"    M or (valid[b, k] and image_index[b, q] != 0
                               and |image_index[b, q]| == |image_index[b, k]|)
 
-    image_index [B, S] int64 is a new input, as StrictMask's. Source: PaliGemma (arXiv 2407.07726),
-    prefix-LM masking; Gemma 3 (arXiv 2503.19786), bidirectional attention over image tokens.
+    image_index [B, S] int64 is a new input, as StrictMask's; of cached positions it is 0. Source: PaliGemma
+    (arXiv 2407.07726), prefix-LM masking; Gemma 3 (arXiv 2503.19786), attention over image tokens.
 
     Raises PassError for an Attention without a boolean mask, and where there is none at all.
     """
@@ -41,9 +46,7 @@ class WiderMaskPass(ir.passes.InPlacePass):
         t = tape.Tape()
         more = t.op("Cast", [t.op("Unsqueeze", [valid, constant(t, 1, 2)])], {"to": ir.DataType.BOOL})
         if self.sees == "image":
-            picture = t.op("Abs", [image_index_input(graph)])
-            queries = t.op("Unsqueeze", [picture, constant(t, 1, 3)])  # [B, 1, S, 1]
-            keys = t.op("Unsqueeze", [picture, constant(t, 1, 2)])  # [B, 1, 1, S]
+            queries, keys, _ = pictures(t, graph, image_index_input(graph))
             inside = t.op("And", [t.op("Equal", [queries, keys]), t.op("Greater", [queries, constant(t, 0)])])
             more = t.op("And", [more, inside])
         graph.insert_before(graph[0], t.nodes)
