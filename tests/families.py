@@ -220,10 +220,12 @@ def write_paligemma(folder: Path) -> Path:
 
 def write_gemma3(folder: Path) -> Path:
     """16 visual tokens, each the mean of four patches."""
-    special = tokenizer(image_token="<image>", boi_token="<boi>", eoi_token="<eoi>")
+    special = tokenizer(boi_token="<boi>", eoi_token="<eoi>", image_token="<soft>")
+    text = text_config("gemma3_text")
+    text.vocab_size = special.image_token_id  # the placeholder lies behind the embedding table
     config = Gemma3Config(
         vision_config=SiglipVisionConfig(**tower_sizes(), vision_use_head=False),
-        text_config=text_config("gemma3_text"),
+        text_config=text,
         mm_tokens_per_image=16,
         image_token_index=special.image_token_id,
         boi_token_index=special.boi_token_id,

@@ -50,13 +50,15 @@ class EmbedTokens(nn.Module):
         super().__init__()
         self.embed: Any = model.get_input_embeddings()  # type: ignore[operator]
         self.image_token = image_token
+        # Gemma 3's may lie behind the table; its row is read and not used.
+        self.outside = image_token >= self.embed.num_embeddings
 
     def forward(self, input_ids: Tensor, image_features: Tensor) -> Tensor:
         """Gather by running count; a row of zeros behind the features makes N = 0 safe."""
-        embeds = self.embed(input_ids)
+        is_image = input_ids == self.image_token
+        embeds = self.embed(input_ids.masked_fill(is_image, 0) if self.outside else input_ids)
         rows = image_features.flatten(0, 1)
         rows = torch.cat([rows, rows.new_zeros(1, rows.shape[-1])])
-        is_image = input_ids == self.image_token
         index = is_image.flatten().to(torch.int64).cumsum(0) - 1
         index = torch.where(is_image.flatten(), index, rows.shape[0] - 1)
         features = rows[index].unflatten(0, (input_ids.shape[0], input_ids.shape[1]))

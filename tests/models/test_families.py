@@ -16,6 +16,8 @@ from skipvision_export.cli import run
 from skipvision_export.errors import ConfigError, ModelError
 from skipvision_export.models import family_of
 from skipvision_export.models.loading import resolve_model
+from skipvision_export.tensorrt.build import plan
+from skipvision_export.tensorrt.recipe import ProfileSettings, Recipe
 
 # By default those that differ most, for a few steps; all of them, for twelve, take ten minutes.
 EVERY = bool(os.environ.get("SKIPVISION_ALL_FAMILIES"))
@@ -53,6 +55,15 @@ def test_without_a_cls_row_tokens_are_chosen_by_redundancy(subject):
     if not family.tiled:
         chooses = family.vision_dims(config).cls_chooses
         assert subject.skip.config.selector == ("cls_attention" if chooses else "dart")
+
+
+def test_engines_want_the_number_of_crops(subject):
+    if subject.traced.source.family.cropped:
+        with pytest.raises(ConfigError, match="does not say how many"):
+            plan(subject.skip.folder, Recipe())
+        profile = ProfileSettings(images=(1, 2, 5))
+        sizes = plan(subject.skip.folder, Recipe(profiles=(profile,))).profiles("vision_encoder")
+        assert [shape[0] for shape in sizes[0]["pixel_values"]] == [1, 2, 5]
 
 
 def test_the_command_line(subject, capsys, tmp_path):
