@@ -70,7 +70,7 @@ def test_the_command_line(subject, capsys, tmp_path):
     folder, image = str(subject.traced.source.folder), tmp_path / "wide.png"
     picture(SIZES[1]).save(image)
     assert run(["inspect", folder]) == 0
-    assert f"{subject.traced.source.family.name}" in capsys.readouterr().out
+    assert f"family {subject.traced.source.family.name}, 2 decoder layers" in capsys.readouterr().out
     asked = ["generate", str(subject.skip.folder), "--image", str(image), "--prompt", "What?"]
     assert run([*asked, "--max-new-tokens", "2"]) == 0
 
@@ -97,9 +97,9 @@ def test_a_selection_that_does_not_fit_the_tower_is_refused(tmp_path):
     refused(tmp_path, config, "supported with clip_vision_model: 'default'")
 
 
-def test_sequences_of_gemma3_stay_within_a_window(tmp_path):
-    source = resolve_model(write_gemma3(tmp_path))
-    assert source.family.max_positions(source.config) == 96
+def test_sequences_of_gemma3_stay_within_a_window(tmp_path, capsys):
+    assert run(["inspect", str(write_gemma3(tmp_path))]) == 0
+    assert "16 visual tokens, counted with 64 text tokens, sequences of up to 96\n" in capsys.readouterr().out
 
 
 def test_cross_attention_is_refused(tmp_path, capsys):
