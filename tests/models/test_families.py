@@ -57,6 +57,12 @@ def test_without_a_cls_row_tokens_are_chosen_by_redundancy(subject):
         assert subject.skip.config.selector == ("cls_attention" if chooses else "dart")
 
 
+def test_a_batch_answers_as_each_prompt_alone(subject):
+    requests = [(picture(size), text) for size, text in zip(SIZES, ("What?", "Is it red?"), strict=True)]
+    together = [answer.token_ids for answer in subject.skip.generate_batch(requests, 3)]
+    assert together == [subject.skip.generate(*request, 3).token_ids for request in requests]
+
+
 def test_engines_want_the_number_of_crops(subject):
     if subject.traced.source.family.cropped:
         with pytest.raises(ConfigError, match="does not say how many"):
