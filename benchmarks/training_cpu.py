@@ -90,7 +90,6 @@ class Steps:
             FAMILY.layout(hf_config, config),
             TEXT_TOKENS,
             ANSWER_TOKENS,
-            visual_tokens=FAMILY.visual_tokens(hf_config),
         )
 
 

@@ -93,6 +93,7 @@ class TracedModel:
             visual_tokens=visual,
             config=config,
             layout=layout,
+            sees=family.sees,
             max_positions=family.max_positions(hf_config),
             summary=_summary_weights(self.source) if layout.summaries else {},
             # A link can only be to a matrix as it is stored.

@@ -77,17 +77,28 @@ def tiny_next_config(image_size: int = 96, patch_size: int = 12) -> LlavaNextCon
 
 def tiny_model(config: LlavaConfig | None = None, seed: int = 0) -> LlavaForConditionalGeneration:
     """Random weights, matrices three times the stock scale."""
-    torch.manual_seed(seed)
     config = config or tiny_config()
     tiled = isinstance(config, LlavaNextConfig)
-    model = (LlavaNextForConditionalGeneration if tiled else LlavaForConditionalGeneration)(config).eval()
+    return amplified(
+        LlavaNextForConditionalGeneration if tiled else LlavaForConditionalGeneration, config, seed
+    )
+
+
+def amplified(kind, config, seed: int = 0):
+    """A model of a class, weights scaled up, and those random that start as constants."""
+    torch.manual_seed(seed)
+    model = kind(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.mul_(3.0)
+                if not parameter.any():
+                    parameter.normal_(0, 0.1)
             elif "norm" in name:
                 # Distinct, so that a norm taken for another one shows.
                 parameter.add_(0.2 * torch.randn_like(parameter))
+            elif "lambda" in name:  # scales of InternVL's branches
+                parameter.uniform_(0.5, 1.5)
     model.generation_config.eos_token_id = 2
     model.generation_config.pad_token_id = 0
     return model

@@ -193,8 +193,8 @@ class Contenders:
         found, order = raster.run(inputs.pixel_values)
         laid = bundle.generator.encode(inputs.pixel_values)
         done = self._run(bundle.generator, inputs, features=laid)
-        done.raster, done.order = found[0].astype(np.float32), order
-        done.laid = bundle.backend.numpy(laid)[0].astype(np.float32)
+        done.raster, done.order = np.concatenate(found).astype(np.float32), order
+        done.laid = np.concatenate(bundle.backend.numpy(laid)).astype(np.float32)
         return done
 
     def _run(self, generator: Generator, inputs: PromptInputs, **more: Any) -> Transcript:

@@ -38,9 +38,10 @@ def _decoder_weights(dims: DecoderDims) -> int:
 
 
 def _vision_weights(dims: VisionDims) -> int:
-    d, out = dims.hidden_size, dims.projector_hidden
+    d = dims.hidden_size
     layer = 4 * d * d + 2 * d * dims.intermediate_size
-    return dims.num_layers * layer + 3 * dims.patch_size**2 * d + out * (d + out)
+    projector = sum(inputs * outputs for inputs, outputs in dims.projector)
+    return dims.num_layers * layer + 3 * dims.patch_size**2 * d + projector
 
 
 def _activations(dims: DecoderDims, layout: TokenLayout, prompt_tokens: int, images: int) -> int:

@@ -42,12 +42,12 @@ class RasterEncoder:
         )
 
     def __call__(self, pixel_values: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
-        """[1, 3, h, w] -> [1, V, D] in raster order."""
+        """[N, 3, h, w] -> [N, V, D] in raster order."""
         return self.run(pixel_values)[0]
 
-    def run(self, pixel_values: npt.NDArray[np.float32]) -> tuple[npt.NDArray[Any], list[int]]:
-        """The same, and the chosen order of the tokens: [V], empty where it is a constant."""
+    def run(self, pixel_values: npt.NDArray[np.float32]) -> tuple[npt.NDArray[Any], list[list[int]]]:
+        """The same, and the chosen order of each image's tokens: [N, V], empty where it is a constant."""
         feed = self._session.get_inputs()[0]
         dtype = np.float16 if feed.type == "tensor(float16)" else np.float32
         raster, *order = self._session.run(None, {feed.name: pixel_values.astype(dtype)})
-        return np.asarray(raster), order[0][0].tolist() if order else []
+        return np.asarray(raster), order[0].tolist() if order else []

@@ -37,7 +37,6 @@ def training_cost(
     answer_tokens: int,
     *,
     images: int = 1,
-    visual_tokens: int,
     checkpointing: bool = False,
 ) -> TrainingCost:
     """Of a sample with `images` pictures, `text_tokens` beside them, `answer_tokens` of these labels.
@@ -50,21 +49,20 @@ def training_cost(
     head = 2 * dims.hidden_size * dims.vocab_size
     many = TokenLayout(layout.runs * images, layout.tiers * images, layout.layer_tiers)
     forward = layers_flops(dims, many, text_tokens, last_only=False)
-    v, p = vision.hidden_size, vision.projector_hidden
-    first, second = (2 * images * visual_tokens * v * p, 2 * images * visual_tokens * p * p)
+    first, *others = (2 * images * vision.visual_tokens * i * o for i, o in vision.projector)
     return TrainingCost(
-        vision=images * vision_forward(vision, visual_tokens),
-        projector=2 * first + 3 * second,
+        vision=images * vision_forward(vision),
+        projector=2 * first + 3 * sum(others),
         decoder=(4 if checkpointing else 3) * forward,
         head=3 * head * answer_tokens,
     )
 
 
-def vision_forward(vision: VisionDims, visual_tokens: int) -> int:
+def vision_forward(vision: VisionDims) -> int:
     """Of one picture through the tower, as far as its features are used."""
-    rows, d = visual_tokens + vision.has_cls, vision.hidden_size
+    rows, d = vision.patches + vision.has_cls, vision.hidden_size
     layer = 2 * rows * d * (4 * d + 2 * vision.intermediate_size) + 4 * rows * rows * d
-    patches = 2 * visual_tokens * 3 * vision.patch_size**2 * d
+    patches = 2 * vision.patches * 3 * vision.patch_size**2 * d
     return patches + vision.num_layers * layer
 
 
@@ -78,7 +76,6 @@ def flops_share(plan: Plan) -> float:
     def cost(config: SkipVisionConfig) -> int:
         sizes: dict[str, Any] = {
             "images": max(1, round(pictures)) if pictures else 0,
-            "visual_tokens": family.visual_tokens(hf_config),
             "checkpointing": plan.settings.gradient_checkpointing,
         }
         answers = round(plan.data.answer_tokens() / len(samples))

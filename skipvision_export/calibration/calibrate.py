@@ -170,8 +170,11 @@ def plan(source: ModelSource, data: Path, budget: Budget, settings: Settings | N
     a FLOPs budget below what every layer at its highest share takes.
     """
     settings = settings or Settings()
-    if source.family.tiled:
-        raise ModelError(f"calibration is for models with one crop for each image, not {source.family.name}")
+    if not source.family.plain:
+        raise ModelError(
+            "calibration is for models with one crop for each image whose tokens see those before them, not "
+            f"{source.family.name}"
+        )
     processor = load_processor(source.folder)
     ends = eos_tokens(source.folder, processor)
     if not ends:

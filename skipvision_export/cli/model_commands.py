@@ -66,7 +66,9 @@ def inspect(
     dense = result["dense"]
     print(
         f"{result['architecture']}: family {result['family']}, {result['num_layers']} decoder layers, "
-        f"{result['visual_tokens']} visual tokens, counted with {text_tokens} text tokens"
+        f"{result['visual_tokens']} visual tokens{' for each crop' if result['cropped'] else ''}, "
+        f"counted with {text_tokens} text tokens"
+        + (f", sequences of up to {result['max_positions']:,}" if result["max_positions"] else "")
     )
     rows = {"dense": dense, **result["presets"]}
     width = max(map(len, rows)) + 2
@@ -159,6 +161,8 @@ def inspection(
         "architecture": (config.architectures or ["?"])[0],
         "num_layers": dims.num_layers,
         "visual_tokens": visual,
+        "cropped": family.cropped,
+        "max_positions": family.max_positions(config),
         "text_tokens": text_tokens,
         "images": images,
         "dense": counted(TokenLayout((("retained", visual),))),

@@ -23,25 +23,19 @@ class VisionEncoder(nn.Module):
     def __init__(self, model: nn.Module, family: ModelFamily) -> None:
         """Keep the parts that the picture goes through."""
         super().__init__()
-        config: Any = model.config
+        self.family, self.config = family, model.config
         self.tower = family.vision_tower(model)
         self.projector = family.projector(model)
-        # From the end, which stays right where layers in the middle are left out.
-        dims = family.vision_dims(config)
-        self.layer = dims.num_layers - config.vision_config.num_hidden_layers - 1
-        self.first = int(dims.has_cls)
-        self.tiled = family.tiled
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Hidden states of the feature layer, a CLS row dropped, projected."""
-        if self.tiled:
+        """As the family encodes crops."""
+        if self.family.tiled:
             crops = self._encode(pixel_values.flatten(0, 1))
             return crops.unflatten(0, pixel_values.shape[:2]).flatten(1, 2)
         return self._encode(pixel_values)
 
     def _encode(self, pixel_values: Tensor) -> Tensor:
-        hidden = self.tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
-        return self.projector(hidden[self.layer][:, self.first :])  # type: ignore[no-any-return]
+        return self.family.image_features(self.config, self.tower, self.projector, pixel_values)
 
 
 class EmbedTokens(nn.Module):
@@ -56,27 +50,27 @@ class EmbedTokens(nn.Module):
         super().__init__()
         self.embed: Any = model.get_input_embeddings()  # type: ignore[operator]
         self.image_token = image_token
+        # Gemma 3's may lie behind the table; its row is read and not used.
+        self.outside = image_token >= self.embed.num_embeddings
 
     def forward(self, input_ids: Tensor, image_features: Tensor) -> Tensor:
         """Gather by running count; a row of zeros behind the features makes N = 0 safe."""
-        embeds = self.embed(input_ids)
+        is_image = input_ids == self.image_token
+        embeds = self.embed(input_ids.masked_fill(is_image, 0) if self.outside else input_ids)
         rows = image_features.flatten(0, 1)
         rows = torch.cat([rows, rows.new_zeros(1, rows.shape[-1])])
         last = rows.shape[0] - 1
-        is_image = (input_ids == self.image_token).flatten()
-        index = is_image.to(torch.int64).cumsum(0) - 1
-        takes = is_image & (index < last)
-        features = rows[torch.where(takes, index, last)].unflatten(
-            0, (input_ids.shape[0], input_ids.shape[1])
-        )
-        takes = takes.unflatten(0, (input_ids.shape[0], input_ids.shape[1]))
-        return torch.where(takes.unsqueeze(-1), features, embeds)
+        index = is_image.flatten().to(torch.int64).cumsum(0) - 1
+        takes = is_image.flatten() & (index < last)
+        features = rows[torch.where(takes, index, last)]
+        shape = (input_ids.shape[0], input_ids.shape[1])
+        return torch.where(takes.unflatten(0, shape).unsqueeze(-1), features.unflatten(0, shape), embeds)
 
 
 class Decoder(nn.Module):
     """One pass of the text decoder over S new positions with P cached ones.
 
-    inputs_embeds [B, S, D], attention_mask [B, P+S] int64, position_ids [B, S] int64, then past
+    inputs_embeds [B, S, D], attention_mask [B, P+S] int64, position_ids [B, S] int64 from 0, then past
     keys and values [B, H, P, Dh] of each layer in turn (none in prefill) -> logits [B, 1, vocab]
     of the last position, then keys and values [B, H, P+S, Dh] of each layer in turn.
     """
@@ -84,7 +78,7 @@ class Decoder(nn.Module):
     def __init__(self, model: nn.Module, family: ModelFamily) -> None:
         """Keep the decoder and its head."""
         super().__init__()
-        self.decoder = family.language_model(model)
+        self.decoder, self.first = family.language_model(model), family.first_position
         self.head: Any = model.get_output_embeddings()  # type: ignore[operator]
 
     def forward(
@@ -103,7 +97,7 @@ class Decoder(nn.Module):
         out = self.decoder(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            position_ids=position_ids,
+            position_ids=position_ids + self.first if self.first else position_ids,
             past_key_values=cache,
             use_cache=True,
         )

@@ -119,7 +119,7 @@ def _hook_vision(
     replace: Callable[..., None],
 ) -> None:
     vision = family.vision_dims(hf_config)
-    if vision.has_cls:
+    if vision.cls_chooses:
         attention = family.vision_layers(model)[vision.feature_layer].self_attn
         handles += [
             attention.q_proj.register_forward_hook(state.on_query),  # type: ignore[union-attr]

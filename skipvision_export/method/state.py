@@ -158,11 +158,13 @@ class SkipVisionState:
         return wrapped
 
     def _resized(self, ids: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """input_ids, attention_mask and labels with the layout's number of placeholders."""
+        """input_ids and what goes along with them, with the layout's number of placeholders."""
         mask = kwargs.get("attention_mask")
         others = {"attention_mask": (torch.ones_like(ids) if mask is None else mask, 0)}
         if kwargs.get("labels") is not None:
             others["labels"] = (kwargs["labels"], IGNORED)
+        if kwargs.get("token_type_ids") is not None:
+            others["token_type_ids"] = (kwargs["token_type_ids"], 0)
         text = getattr(self.hf_config, "text_config", self.hf_config)
         visual = None if self.family.tiled else self.family.visual_tokens(self.hf_config)
         new, changed = resize_placeholders(
@@ -172,7 +174,7 @@ class SkipVisionState:
             per_image=visual,
             total=self.layout.total,
             pad_token=text.pad_token_id or 0,
-            images=kwargs["pixel_values"].shape[0],
+            images=self.family.images(kwargs["pixel_values"]),
         )
         if new is ids:
             return {"input_ids": ids}
@@ -182,14 +184,14 @@ class SkipVisionState:
 
     # -- decoder ---------------------------------------------------------------------------------
 
-    def on_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Pre-hook on the multimodal model: find the skipped positions of a prefill."""
+    def on_model(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Pre-hook on the multimodal model: skipped positions in prefill, mask and positions in decode."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         cache = kwargs.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
         self.skipped, self._rows = None, {}
         if past and kwargs.get("pixel_values") is None:
-            return
+            return self._decoding(args, kwargs, past)
         if not past:
             self.keep_index = self.keep_mask = self.next_position = None
             self.prompt_length = 0
@@ -213,6 +215,41 @@ class SkipVisionState:
             rows = spread(self.layout.ffn_mask(tier)).flatten().nonzero().squeeze(1)
             if rows.numel() < ids.numel():
                 self._rows[tier] = rows
+        return self._go_on(args, kwargs)
+
+    def _decoding(self, args: Any, kwargs: Any, past: int) -> tuple[Any, Any] | None:
+        """The mask of what is left in the cache, and the original positions."""
+        if self.keep_index is None or self.keep_mask is None:
+            return None
+        tokens = next(
+            x for x in (kwargs.get("input_ids"), *args, kwargs.get("inputs_embeds")) if x is not None
+        )
+        mask, new, kept = kwargs.get("attention_mask"), tokens.shape[1], self.keep_index.shape[1]
+        generated = past - kept + new
+        if mask is not None and mask.dim() == 2 and mask.shape[1] != kept + generated:
+            mask = torch.cat([mask.gather(1, self.keep_index), mask[:, self.prompt_length :]], 1)
+        elif mask is None:
+            mask = self.keep_mask.new_ones(self.keep_mask.shape[0], kept + generated)
+        mask = mask.clone()
+        mask[:, :kept] *= self.keep_mask
+        kwargs["attention_mask"] = mask
+        if kwargs.get("position_ids") is None and self.next_position is not None:
+            steps = torch.arange(generated - new, generated, device=mask.device)
+            kwargs["position_ids"] = self.next_position[:, None] + steps
+        return args, kwargs
+
+    def _go_on(self, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """attention_mask [B, P+S] and positions of a prompt that comes behind a cache of P positions."""
+        before = self._cached[1]
+        if not before.numel():
+            return None
+        assert self.skipped is not None
+        new, mask = self.skipped.shape[1], kwargs.get("attention_mask")
+        seen = torch.ones_like(self.skipped, dtype=torch.int64) if mask is None else mask[:, -new:]
+        kwargs["attention_mask"] = torch.cat([before.to(seen), seen], 1)
+        if kwargs.get("position_ids") is None and self.next_position is not None:
+            kwargs["position_ids"] = self.next_position[:, None] + torch.arange(new, device=seen.device)
+        return args, kwargs
 
     def _remember(self, past: int) -> None:
         """Count what was generated since the last prefill among the positions that are kept."""
@@ -257,55 +294,24 @@ class SkipVisionState:
         return hook
 
     def on_decoder(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        """Pre-hook on the decoder: masks; in decode also the original positions."""
-        if self.skipped is not None:
-            return self._mask_prefill(args, kwargs)
-        if self.keep_index is None or self.keep_mask is None:
-            return None
-        mask = kwargs.get("attention_mask")
-        kept = self.keep_index.shape[1]
-        new = kwargs["inputs_embeds"].shape[1]
-        generated = kwargs["past_key_values"].get_seq_length() - kept + new
-        if mask is not None and mask.dim() == 2 and mask.shape[1] != kept + generated:
-            mask = torch.cat([mask.gather(1, self.keep_index), mask[:, self.prompt_length :]], 1)
-        elif mask is None:
-            mask = self.keep_mask.new_ones(self.keep_mask.shape[0], kept + generated)
-        mask = mask.clone()
-        mask[:, :kept] *= self.keep_mask
-        kwargs["attention_mask"] = mask
-        if kwargs.get("position_ids") is None and self.next_position is not None:
-            steps = torch.arange(generated - new, generated, device=mask.device)
-            kwargs["position_ids"] = self.next_position[:, None] + steps
-        return args, kwargs
+        """Pre-hook on the decoder: in prefill hide skipped tokens from the text after them, or from answers.
 
-    def _mask_prefill(self, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        """Hide skipped tokens from the text after them, or from answers, where that is asked for."""
-        assert self.skipped is not None and self._image is not None
+        Only where that is asked for.
+        """
         answers = self._answers if self.train_skip_kv else None
-        before = self._cached[1]
-        if before.numel():
-            self._go_on(kwargs, before)
-        if not self.skipped.any() or (not self.config.strict and answers is None):
+        if self.skipped is None or not self.skipped.any() or (not self.config.strict and answers is None):
             return None
+        assert self._image is not None
         kwargs["attention_mask"] = prefill_mask(
             kwargs.get("attention_mask"),
             self.skipped,
             self._image,
-            cached=before.shape[1],
+            cached=self._cached[1].shape[1],
             strict=self.config.strict,
             answers=answers,
             dtype=kwargs["inputs_embeds"].dtype,
         )
         return args, kwargs
-
-    def _go_on(self, kwargs: dict[str, Any], before: Tensor) -> None:
-        """attention_mask [B, P+S] and positions of tokens that come behind a cache of P positions."""
-        assert self.skipped is not None
-        new, mask = self.skipped.shape[1], kwargs.get("attention_mask")
-        seen = torch.ones_like(self.skipped, dtype=torch.int64) if mask is None else mask[:, -new:]
-        kwargs["attention_mask"] = torch.cat([before.to(seen), seen], 1)
-        if kwargs.get("position_ids") is None and self.next_position is not None:
-            kwargs["position_ids"] = self.next_position[:, None] + torch.arange(new, device=seen.device)
 
     def after_decoder(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         """Hook on the decoder: after prefill, drop the K/V of skipped tokens in every layer."""
@@ -327,3 +333,5 @@ class SkipVisionState:
             shape = (-1, layer.keys.shape[1], -1, layer.keys.shape[3])
             layer.keys = layer.keys.gather(2, index.expand(shape))
             layer.values = layer.values.gather(2, index.expand(shape))
+            if hasattr(layer, "cumulative_length"):  # of a sliding window, which counts apart from its keys
+                layer.cumulative_length = index.shape[2]

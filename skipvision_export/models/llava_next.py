@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from skipvision_export.models.llava import Llava
 from skipvision_export.models.registry import register
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @register
@@ -26,3 +29,9 @@ class LlavaNext(Llava):
         side = config.vision_config.image_size
         tiles = max((height // side) * (width // side) for height, width in config.image_grid_pinpoints)
         return (1 + tiles) * self.visual_tokens(config)
+
+    def pack(self, model: Any, crops: Tensor, image_sizes: Tensor) -> Tensor:
+        """The thumbnail, then the tiles' rows without padding, each with a newline token behind it."""
+        strategy, inner = model.config.vision_feature_select_strategy, model.model
+        packed: Tensor = inner.pack_image_features([crops], image_sizes, strategy, inner.image_newline)[0][0]
+        return packed

@@ -153,8 +153,10 @@ def load_processor(folder: Path) -> Any:
     """Image processor and tokenizer of a model or bundle folder; raises ModelError."""
     from transformers import AutoProcessor
 
+    from skipvision_export.models.pictures import pictures_only
+
     try:
-        return AutoProcessor.from_pretrained(folder)
+        return (pictures_only(folder) or AutoProcessor).from_pretrained(folder)
     except Exception as error:  # transformers raises many kinds on a broken processor
         raise ModelError(f"the processor in {folder} cannot be loaded: {_first_line(error)}") from None
 

@@ -92,7 +92,8 @@ class Conversation:
         inputs = bundle.resized(encode_prompt(processor, pictures, text, bundle.visual_tokens))
         ids = inputs.input_ids[0]
         known = self._prompt.shared(ids)
-        pixels = inputs.pixel_values[len(self._pictures) :] if known else inputs.pixel_values
+        places = int((ids[:known] == bundle.manifest.model.image_token_id).sum())
+        pixels = inputs.pixel_values[places // bundle.manifest.layout.total :]
         done = self._prompt.extend(ids, pixels, known, max_new_tokens=max_new_tokens, eos=bundle.eos)
         answer = bundle.answer(done)
         self.fed_again += bool(self._turns) and not known

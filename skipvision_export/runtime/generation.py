@@ -59,9 +59,9 @@ class Transcript:
 
     token_ids: generated ids, the end token included; logits: one [vocab] float32 row for each of
     them, where asked for; kv: [K or V of each layer in turn], [H, K, Dh] right after prefill, where
-    asked for; raster, laid: the picture's features [V, D] and [layout.total, D], before and after they
-    are laid out, and order: the tokens as they were chosen, [V], empty where nothing had to be chosen;
-    all three only where asked for.
+    asked for; raster, laid: the images' features [N*V, D] and [N*layout.total, D], before and after they
+    are laid out, and order: the tokens of each as they were chosen, [N, V], empty where nothing had to be
+    chosen; all three only where asked for.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Transcript:
     kv: list[npt.NDArray[np.float32]] = field(default_factory=list)
     raster: npt.NDArray[np.float32] | None = None
     laid: npt.NDArray[np.float32] | None = None
-    order: list[int] = field(default_factory=list)
+    order: list[list[int]] = field(default_factory=list)
     pictures: int = 0
     prompt_tokens: int = 0
     kv_tokens_after_prefill: int = 0

@@ -21,9 +21,10 @@ Pictures = Picture | Sequence[Picture] | None
 class PromptInputs:
     """input_ids [1, S] int64 with one placeholder for each visual token, pixel_values [N, 3, h, w].
 
-    N pictures, in the order of their placeholders; it may be 0. The number of placeholders is the model's
-    own, or, after `resize_placeholders`, the layout's. Of a tiled image, pixel_values are [1, T, 3, h, w]
-    and image_sizes [1, 2] its height and width.
+    N images in the order of their placeholders, which may be 0: pictures, or their crops where each crop is
+    an image of its own to the decoder. The number of placeholders is the model's own, or, after
+    `resize_placeholders`, the layout's. Of a tiled image, pixel_values are [1, T, 3, h, w] and image_sizes
+    [1, 2] its height and width.
     """
 
     input_ids: npt.NDArray[np.int64]
@@ -85,7 +86,8 @@ def prompt_text(processor: Any, prompt: str, images: int = 1) -> str:
 def prepare(processor: Any, images: Pictures, prompt: str, visual_tokens: int | None) -> PromptInputs:
     """Arrays of pictures and a question, or of a whole prompt that holds their placeholders.
 
-    visual_tokens: of a picture; None where it varies with the picture's size (tiled models).
+    visual_tokens: of a picture, or of each of its crops; None where it varies with the picture's size (tiled
+    models).
 
     Raises InputError for a picture or a prompt that cannot be used.
     """
@@ -104,20 +106,20 @@ def encode_prompt(
     loaded = [load_image(picture) for picture in pictures]
     batch = processor(**({"images": loaded} if loaded else {}), text=text, return_tensors="np")
     ids = np.asarray(batch["input_ids"], np.int64)
-    found = int((ids == processor.image_token_id).sum())
-    if visual_tokens is not None and found != visual_tokens * len(pictures):
-        raise InputError(
-            f"the processor made {found} visual tokens of {len(pictures)} pictures, the model has "
-            f"{visual_tokens} for each: its patch_size and num_additional_image_tokens do not fit the model"
-        )
-    if not pictures:
-        return PromptInputs(ids, np.zeros((0, 3, 0, 0), np.float32))
+    pixels = np.asarray(batch["pixel_values"], np.float32) if loaded else np.zeros((0, 3, 0, 0), np.float32)
+    if loaded and visual_tokens is not None:
+        # Idefics3's processor puts a prompt's crops behind an axis of prompts.
+        pixels = pixels.reshape(-1, *pixels.shape[-3:])
+        # Gemma3's processor calls the token in front of a picture its image token, its tokenizer does not.
+        token = getattr(processor.tokenizer, "image_token_id", None) or processor.image_token_id
+        found = int((ids == token).sum())
+        if found != len(pixels) * visual_tokens:
+            raise InputError(
+                f"the processor made {found} visual tokens for {len(pixels)} crops, the model has "
+                f"{visual_tokens} for each: its sizes or numbers of tokens do not fit the model"
+            )
     sizes = batch.get("image_sizes") if visual_tokens is None else None
-    return PromptInputs(
-        ids,
-        np.asarray(batch["pixel_values"], np.float32),
-        None if sizes is None else np.asarray(sizes, np.int64),
-    )
+    return PromptInputs(ids, pixels, None if sizes is None else np.asarray(sizes, np.int64))
 
 
 def resize_placeholders(

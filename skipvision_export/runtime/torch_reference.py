@@ -65,13 +65,9 @@ class TorchReference:
         """What the dense decoder reads of raster features [1, T*V, D]: packed, where tiled."""
         if inputs.image_sizes is None:
             return features
-        model: Any = self.model.model
         crops = torch.from_numpy(features)[0].unflatten(0, (-1, self.visual_tokens)).to(self.model.dtype)
-        sizes = torch.from_numpy(inputs.image_sizes)
-        packed, _ = model.pack_image_features(
-            [crops], sizes, self.model.config.vision_feature_select_strategy, model.image_newline
-        )
-        return np.asarray(packed[0][None].float().numpy())
+        packed = self.source.family.pack(self.model, crops, torch.from_numpy(inputs.image_sizes))
+        return np.asarray(packed[None].float().numpy())
 
     @torch.no_grad()
     def run(
@@ -89,22 +85,23 @@ class TorchReference:
         tokens are counted with the layout's placeholders. Returns the transcript and, where patched,
         the state that tells the choice of tokens.
 
-        keep_features: record the picture's features and order; features: laid-out features
-        [layout.total, D] that the decoder reads instead of its picture's own. Both only where patched.
+        keep_features: record the images' features and orders; features: laid-out features
+        [N*layout.total, D] that the decoder reads instead of its images' own. Both only where patched.
         """
         ids = torch.from_numpy(inputs.input_ids)
-        pictures = {}
+        given: dict[str, torch.Tensor] = {}
         if len(inputs.pixel_values):
-            pictures["pixel_values"] = torch.from_numpy(inputs.pixel_values).to(self.model.dtype)
+            pixels = torch.from_numpy(inputs.pixel_values).to(self.model.dtype)
+            given = self.source.family.inputs(self.source.config, ids, pixels)
         if inputs.image_sizes is not None:
-            pictures["image_sizes"] = torch.from_numpy(inputs.image_sizes)
+            given["image_sizes"] = torch.from_numpy(inputs.image_sizes)
         patch = None if config is None else apply_skip_vision(self.model, config, summary=self.summary)
         done = Transcript()
 
         def watch(raster: torch.Tensor, laid: torch.Tensor) -> torch.Tensor:
             if keep_features:
-                done.raster, done.laid = (x[0].float().numpy() for x in (raster, laid))
-            return laid if features is None else torch.from_numpy(features)[None].to(laid.dtype)
+                done.raster, done.laid = (x.flatten(0, 1).float().numpy() for x in (raster, laid))
+            return laid if features is None else torch.from_numpy(features).to(laid.dtype).view_as(laid)
 
         with patch or nullcontext() as state:
             if state is not None:
@@ -112,7 +109,7 @@ class TorchReference:
             out = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                **pictures,
+                **given,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 eos_token_id=list(self.eos) or None,
@@ -127,7 +124,7 @@ class TorchReference:
         done.pictures = len(inputs.pixel_values)
         if state is not None and keep_features:
             assert state.order is not None
-            done.order = state.order[0].tolist()
+            done.order = state.order.tolist()
         layers = out.past_key_values.layers
         # The last token is chosen but never fed, so decode appended one fewer than was generated.
         kept = layers[0].keys.shape[2] - (len(tokens) - 1)

@@ -74,6 +74,11 @@ def plan(bundle: Path, recipe: Recipe, library: Path | None = None, elsewhere: b
     source = resolve_model(bundle)
     family, positions = source.family, manifest.model.max_positions
     crops = family.most_visual_tokens(source.config) // family.visual_tokens(source.config)
+    if family.cropped and not all(profile.images for profile in recipe.profiles):
+        raise ConfigError(
+            f"a picture may be several crops to {family.name}, recipe {recipe.name} does not say how many: "
+            "give each profile images = [least, usual, most], the crops of all pictures in a run"
+        )
     found = [sizes(profile, manifest, positions, crops) for profile in recipe.profiles]
     if elsewhere and library is None and recipe.plugin.kv_prune == "library":
         library = Path(LIBRARY)

@@ -95,8 +95,11 @@ def plan(
     from skipvision_export.runtime.pipeline import eos_tokens
 
     layout = source.family.layout(source.config, config)
-    if source.family.tiled:
-        raise ModelError(f"training of {source.family.name} models, which tile pictures, is not supported")
+    if not source.family.plain:
+        raise ModelError(
+            f"training of {source.family.name} models is not supported, only of those with one crop for each "
+            "picture whose tokens see those before them"
+        )
     processor = load_processor(source.folder)
     encoder = Encoder(
         processor,

@@ -30,7 +30,7 @@ class Seen(Steps, Protocol):
     """A generation that also recorded its picture; see runtime.generation.Transcript."""
 
     raster: Array | None
-    order: list[int]
+    order: list[list[int]]
 
 
 def compare_precision(
@@ -60,7 +60,10 @@ def compare_precision(
         gap.outputs = {FEATURES: worst(features), **gap.outputs}
         gap.greedy_match = float(np.mean([wide.token_ids == half.token_ids for wide, _, half in triples]))
         if any(wide.order for wide, _, _ in triples):
-            shares = [same_choice(wide.order, half.order, groups) for wide, _, half in triples]
+            shares = [
+                np.mean([same_choice(*orders, groups) for orders in zip(wide.order, half.order, strict=True)])
+                for wide, _, half in triples
+            ]
             gap.choice = Choice(float(np.mean(shares)), float(np.mean(np.array(shares) == 1)), MIN_CHOICE)
     return gap
 

@@ -1,124 +1,87 @@
-"""Every vision tower and text model of LLaVA: exported graphs against PyTorch, and broken twins."""
+"""Every family, vision tower and text model: exported graphs against PyTorch, and broken twins."""
 
 import os
 import re
 
-import numpy as np
-import onnx_ir as ir
 import pytest
-from damage import leave_as_it_is, twin
-from families import TEXT, text_config, write_family
+import torch
+from families import FAMILIES, text_config, write_gemma3
+from family_check import LIMIT, PARITY, SIZES, Subject, picture
 from tiny import tiny_config, tiny_model
+from transformers import Idefics3Config, PaliGemmaConfig
+from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionConfig, Idefics3VisionEmbeddings
 
 from skipvision_export import SkipVisionConfig
-from skipvision_export.benchmark.parity import measure_gaps, synthetic_prompts
-from skipvision_export.errors import ModelError
-from skipvision_export.exporter import trace_model
+from skipvision_export.cli import run
+from skipvision_export.errors import ConfigError, ModelError
+from skipvision_export.models import family_of
 from skipvision_export.models.loading import resolve_model
-from skipvision_export.runtime.torch_reference import TorchReference
+from skipvision_export.tensorrt.build import plan
+from skipvision_export.tensorrt.recipe import ProfileSettings, Recipe
 
-LIMIT = 1e-4
-STEPS = 13  # one of prefill, twelve of decode
-QUARTER = SkipVisionConfig.preset("quarter")
-FAMILIES = {**{f"clip, {text}": (text, "clip") for text in TEXT}, "siglip, llama": ("llama", "siglip")}
-if not os.environ.get("SKIPVISION_ALL_FAMILIES"):  # those that differ most; all of them take five minutes
-    FAMILIES = {name: FAMILIES[name] for name in ("clip, qwen3", "clip, gemma", "siglip, llama")}
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def traced(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("family") / "model"
-    return trace_model(resolve_model(write_family(folder, *FAMILIES[request.param])))
+# By default those that differ most, for a few steps; all of them, for twelve, take ten minutes.
+EVERY = bool(os.environ.get("SKIPVISION_ALL_FAMILIES"))
+STEPS = 13 if EVERY else 4  # one of prefill, the others of decode
+NAMES = FAMILIES if EVERY else ("llava_onevision", "internvl", "idefics3", "paligemma", "gemma3")
 
 
-@pytest.fixture(scope="module")
-def reference(traced):
-    return TorchReference(traced.source, traced.model)
+@pytest.fixture(scope="module", params=NAMES)
+def subject(request, tmp_path_factory):
+    return Subject.make(FAMILIES[request.param], tmp_path_factory.mktemp("family"))
 
 
-@pytest.fixture(scope="module")
-def skip(traced, tmp_path_factory):
-    return traced.write(tmp_path_factory.mktemp("family") / "skip", QUARTER)
-
-
-def measure(bundle, reference, gaps, prompts=2):
-    prompts = synthetic_prompts(prompts, 96)
-    return measure_gaps(bundle, reference, prompts, max_new_tokens=STEPS, gaps=gaps)
-
-
-def test_dense(traced, reference, tmp_path):
-    bundle = traced.write(tmp_path / "dense", SkipVisionConfig.dense())
-    report = measure(bundle, reference, ["export", "rewrite", "backend"])
-    assert report.passed
-    assert max(gap.overall.max_abs for gap in report.gaps.values()) <= LIMIT
-
-
-def test_skip(skip, reference):
-    report = measure(skip, reference, ["export", "rewrite", "backend", "method"])
-    assert report.passed
-    for name in ("export", "rewrite", "backend"):
-        assert report.gaps[name].overall.max_abs <= LIMIT
+def test_parity(subject, tmp_path):
+    dense = subject.dense(tmp_path / "dense")
+    for bundle in filter(None, (dense, subject.skip)):
+        report = subject.measure(bundle, (*PARITY, "method"), STEPS)
+        assert report.passed
+        for name in PARITY:
+            assert report.gaps[name].overall.max_abs <= LIMIT
+        assert max(len(t.token_ids) for t in report.transcripts["ort"]) == STEPS
     assert report.gaps["method"].outputs["logits"].max_abs > 0.1
-    assert max(len(t.token_ids) for t in report.transcripts["ort"]) == STEPS
 
 
-def test_both_forms_for_onnx_runtime_are_there(skip, traced):
-    if traced.source.config.text_config.model_type == "phi3":
-        pytest.skip("Phi-3 packs and slices its projections itself: it runs in the form for every runtime")
-    assert set(skip.manifest.variants) == {"decoder_prefill.onnxruntime", "decoder_decode.onnxruntime"}
+def test_the_reference_is_the_model_s_own_pipeline(subject):
+    assert subject.own_pipeline(STEPS) <= 1e-5
 
 
-# -- broken twins ------------------------------------------------------------------------------------
+def test_broken_graphs_are_caught(subject, tmp_path):
+    for name, gap in subject.twins(tmp_path, STEPS).items():
+        assert gap > 100 * LIMIT, name
 
 
-def let_a_row_pass_by(graph):
-    """The first row of the FFNs takes the place of the last one."""
-    index = next(v for v in graph.inputs if v.name == "ffn_index")
-    zero, end = (ir.Value(name=f"twin.{n}", const_value=ir.tensor(np.array([n]))) for n in (0, -1))
-    one = ir.Value(name="twin.1", const_value=ir.tensor(np.array([1])))
-    for value in (zero, end, one):
-        graph.register_initializer(value)
-    users = [(use.node, use.idx) for use in index.uses()]
-    head = ir.node("Slice", [index, zero, end])
-    tail = ir.node("Slice", [index, zero, one])
-    both = ir.node("Concat", [head.outputs[0], tail.outputs[0]], {"axis": 0})
-    for node, at in users:
-        node.replace_input_with(at, both.outputs[0])
-    graph.insert_before(graph[0], [head, tail, both])
+def test_without_a_cls_row_tokens_are_chosen_by_redundancy(subject):
+    family, config = subject.traced.source.family, subject.traced.source.config
+    if not family.tiled:
+        chooses = family.vision_dims(config).cls_chooses
+        assert subject.skip.config.selector == ("cls_attention" if chooses else "dart")
 
 
-def count_positions_one_further(graph):
-    position = next(v for v in graph.inputs if v.name == "position_ids")
-    one = ir.Value(name="twin.one", const_value=ir.tensor(np.array(1)))
-    graph.register_initializer(one)
-    users = [(use.node, use.idx) for use in position.uses()]
-    add = ir.node("Add", [position, one])
-    for node, at in users:
-        node.replace_input_with(at, add.outputs[0])
-    graph.insert_before(graph[0], add)
+def test_a_batch_answers_as_each_prompt_alone(subject):
+    requests = [(picture(size), text) for size, text in zip(SIZES, ("What?", "Is it red?"), strict=True)]
+    together = [answer.token_ids for answer in subject.skip.generate_batch(requests, 3)]
+    assert together == [subject.skip.generate(*request, 3).token_ids for request in requests]
 
 
-@pytest.mark.parametrize(
-    ("graph", "damage"),
-    [
-        ("decoder_prefill", let_a_row_pass_by),
-        ("decoder_decode", count_positions_one_further),
-    ],
-)
-def test_broken_graphs_are_caught(graph, damage, skip, reference, tmp_path):
-    intact = twin(skip, tmp_path, leave_as_it_is, graph)
-    assert measure(intact, reference, ["rewrite"], 1).gaps["rewrite"].passed
-    found = measure(twin(skip, tmp_path, damage, graph), reference, ["rewrite"], 1).gaps["rewrite"]
-    assert not found.passed
-    assert found.overall.max_abs > 100 * LIMIT
+def test_engines_want_the_number_of_crops(subject):
+    if subject.traced.source.family.cropped:
+        with pytest.raises(ConfigError, match="does not say how many"):
+            plan(subject.skip.folder, Recipe())
+        profile = ProfileSettings(images=(1, 2, 5))
+        sizes = plan(subject.skip.folder, Recipe(profiles=(profile,))).profiles("vision_encoder")
+        assert [shape[0] for shape in sizes[0]["pixel_values"]] == [1, 2, 5]
+
+
+def test_the_command_line(subject, capsys, tmp_path):
+    folder, image = str(subject.traced.source.folder), tmp_path / "wide.png"
+    picture(SIZES[1]).save(image)
+    assert run(["inspect", folder]) == 0
+    assert f"family {subject.traced.source.family.name}, 2 decoder layers" in capsys.readouterr().out
+    asked = ["generate", str(subject.skip.folder), "--image", str(image), "--prompt", "What?"]
+    assert run([*asked, "--max-new-tokens", "2"]) == 0
 
 
 # -- facts -------------------------------------------------------------------------------------------
-
-
-def test_without_a_cls_row_tokens_are_chosen_by_redundancy(skip, traced):
-    has_cls = traced.source.family.vision_dims(traced.source.config).has_cls
-    assert skip.config.selector == ("cls_attention" if has_cls else "dart")
 
 
 def refused(tmp_path, config, message):
@@ -138,3 +101,38 @@ def test_a_selection_that_does_not_fit_the_tower_is_refused(tmp_path):
     config = tiny_config()
     config.vision_feature_select_strategy = "full"
     refused(tmp_path, config, "supported with clip_vision_model: 'default'")
+
+
+def test_sequences_of_gemma3_stay_within_a_window(tmp_path, capsys):
+    assert run(["inspect", str(write_gemma3(tmp_path))]) == 0
+    assert "16 visual tokens, counted with 64 text tokens, sequences of up to 96\n" in capsys.readouterr().out
+
+
+def test_cross_attention_is_refused(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"architectures": ["MllamaForConditionalGeneration"]}')
+    assert run(["inspect", str(tmp_path)]) == 2
+    assert "cross-attention, so they are not in its sequence" in capsys.readouterr().err
+
+
+def test_strict_masking_is_for_causal_prompts():
+    family = family_of(["PaliGemmaForConditionalGeneration"], "")
+    config = SkipVisionConfig.counts(16, 24, selector="dart", strict=True)
+    with pytest.raises(ConfigError, match="see their whole prompt"):
+        family.layout(PaliGemmaConfig(), config)
+
+
+@pytest.mark.parametrize("side", [8, 26, 27, 32, 25])
+def test_positions_of_idefics3_are_in_order_or_refused(side):
+    tower = Idefics3VisionEmbeddings(Idefics3VisionConfig(image_size=2 * side, patch_size=2, hidden_size=1))
+    with torch.no_grad():
+        tower.position_embedding.weight.copy_(torch.arange(side**2)[:, None])
+        tower.patch_embedding.weight.zero_()
+        tower.patch_embedding.bias.zero_()
+        places = tower(torch.zeros(1, 3, 2 * side, 2 * side), torch.ones(1, side, side, dtype=torch.bool))
+    config = Idefics3Config(vision_config={"image_size": 2 * side, "patch_size": 2})
+    family = family_of(["Idefics3ForConditionalGeneration"], "")
+    if torch.equal(places.flatten(), torch.arange(side**2.0)):
+        family.check(config)
+    else:
+        with pytest.raises(ModelError, match="25 patches in a row"):
+            family.check(config)

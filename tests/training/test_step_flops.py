@@ -29,7 +29,7 @@ def test_formula_equals_a_count(planned, preset):
     text = batch["input_ids"].shape[1] - 64
 
     def cost(layout):
-        return training_cost(dims, vision, layout, text, labels, visual_tokens=64).total
+        return training_cost(dims, vision, layout, text, labels).total
 
     # The count has the tower's unused last layer and the CLS row's scores, the formula does not.
     unused = 2 * 65 * 48 * (4 * 48 + 2 * 96) + 4 * 65 * 65 * 48

@@ -70,12 +70,12 @@ def test_choice():
 
 
 def test_another_choice_fails():
-    wide, half = done(order=[0, 1, 2, 3]), done(order=[0, 2, 1, 3])
+    wide, half = done(order=[[0, 1, 2, 3]]), done(order=[[0, 2, 1, 3]])
     found = gap(half, wide=wide)
     assert found.passed is False
     assert (found.choice.tokens, found.choice.pictures) == (0.5, 0.0)
     assert "50.0% of the chosen visual tokens" in found.failures()[0]
-    assert gap(done(order=[0, 1, 2, 3]), wide=wide).passed
+    assert gap(done(order=[[0, 1, 2, 3]]), wide=wide).passed
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])

@@ -24,6 +24,7 @@ from skipvision_export.graph.passes.shared_kv import SharedKVPass
 from skipvision_export.graph.passes.skip_ffn import SkipFFNPass
 from skipvision_export.graph.passes.skip_norm import SkipNormPass
 from skipvision_export.graph.passes.strict_mask import StrictMaskPass
+from skipvision_export.graph.passes.wider_mask import WiderMaskPass
 from skipvision_export.layout import TokenLayout
 
 
@@ -31,6 +32,7 @@ from skipvision_export.layout import TokenLayout
 class PassContext:
     """What passes have to know about the model and the method.
 
+    sees: what of a prompt its tokens see (ModelFamily.sees).
     max_positions: of a sequence, where the model names a limit.
     summary: weights of the summary tokens, see LayOutPass; empty where the layout has none. pack, int4: the
     passes that both decoder graphs go through, where projections are packed, and where weights become int4.
@@ -41,6 +43,7 @@ class PassContext:
     visual_tokens: int
     config: SkipVisionConfig
     layout: TokenLayout
+    sees: str = "before"
     max_positions: int | None = None
     summary: Weights = field(default_factory=dict)
     pack: PackProjectionsPass | None = None
@@ -62,6 +65,7 @@ def passes_for(graph: str, context: PassContext) -> list[ir.passes.InPlacePass]:
     prefill: list[ir.passes.InPlacePass] = [
         HalfRotaryPass(),
         NativeGQAPass(),
+        *([WiderMaskPass(context.sees)] if context.sees != "before" else []),
         *([StrictMaskPass()] if config.strict else []),
         LastLayerPass(),
         SkipFFNPass(tiers),
@@ -84,10 +88,10 @@ def variants_for(graph: str, context: PassContext) -> dict[str, list[ir.passes.I
     """Other forms of a graph, by the runtime they are for: the passes that make each, after all others.
 
     A variant stands beside the graph, which every runtime can run, and shares its weights. It is left
-    out where the first of its passes finds nothing to change.
+    out where the first of its passes finds nothing to change. GroupedPrefill's operator is causal.
     """
     forms: dict[str, list[ir.passes.InPlacePass]] = {
-        PREFILL: [GroupedPrefillPass()],
+        PREFILL: [GroupedPrefillPass()] if context.sees == "before" else [],
         DECODE: [SharedKVPass(), GroupedRotaryPass(context.max_positions), SkipNormPass()],
     }
-    return {"onnxruntime": forms[graph]} if graph in forms else {}
+    return {"onnxruntime": forms[graph]} if forms.get(graph) else {}

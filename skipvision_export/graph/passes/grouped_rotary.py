@@ -15,7 +15,7 @@ from skipvision_export.graph.passes.regions import is_constant
 _MOST_POSITIONS = 1 << 17
 _HEAD_MULTIPLE = 16
 # What may stand between position_ids and the angles' cosine: each position's row is made of it alone.
-_OF_ONE_POSITION = frozenset("Cast Cos Mul Sin Unsqueeze".split())
+_OF_ONE_POSITION = frozenset("Add Cast Cos Mul Sin Unsqueeze".split())
 
 
 class GroupedRotaryPass(ir.passes.InPlacePass):
