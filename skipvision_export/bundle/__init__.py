@@ -14,7 +14,13 @@ from skipvision_export.bundle.manifest import (
     file_table,
     sha256_of,
 )
-from skipvision_export.bundle.output import atomic_folder, check_output, check_output_file, write_text
+from skipvision_export.bundle.output import (
+    atomic_file,
+    atomic_folder,
+    check_output,
+    check_output_file,
+    write_text,
+)
 from skipvision_export.bundle.references import check_reference
 from skipvision_export.bundle.room import check_room
 
@@ -28,6 +34,7 @@ __all__ = [
     "SourceInfo",
     "StrictModel",
     "VersionedModel",
+    "atomic_file",
     "atomic_folder",
     "check_output",
     "check_output_file",

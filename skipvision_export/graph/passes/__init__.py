@@ -5,11 +5,13 @@ Passes import onnx_ir and numpy only, so that they can be tested on any graph.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from skipvision_export.config import SkipVisionConfig
+from skipvision_export.graph.passes.cached_positions import CachedPositionsPass
 from skipvision_export.graph.passes.grouped_prefill import GroupedPrefillPass
 from skipvision_export.graph.passes.half_rotary import HalfRotaryPass
 from skipvision_export.graph.passes.int4_weights import Int4WeightsPass
@@ -86,3 +88,17 @@ def variants_for(graph: str) -> dict[str, list[ir.passes.InPlacePass]]:
         DECODE: [SharedKVPass(), SkipNormPass()],
     }
     return {"onnxruntime": forms[graph]} if graph in forms else {}
+
+
+def passes_for_others(tiers: Sequence[int], kv_names: Sequence[str]) -> list[ir.passes.InPlacePass]:
+    """The passes of a decoder that another program exported, after SplitNormPass, in order.
+
+    tiers: see SkipFFNPass; kv_names: see KVPrunePass, none where keys and values stay whole.
+    """
+    kv = [CachedPositionsPass(), KVPrunePass(len(tiers), kv_names)] if kv_names else []
+    return [SkipFFNPass(tiers), *kv]
+
+
+# The oldest opset that has the operators which those passes put in: Squeeze with its axes as an input, and,
+# of KVPrune's body, ReduceProd likewise.
+SKIP_FFN_OPSET, SKIP_KV_OPSET = 13, 18

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
 from skipvision_export.errors import PassError
 from skipvision_export.graph.passes.matching import has_input, made_by, require
-from skipvision_export.graph.passes.names import DOMAIN, DOMAIN_VERSION, KV_KEEP_INDEX
+from skipvision_export.graph.passes.names import DOMAIN, DOMAIN_VERSION, KV_KEEP_INDEX, present_names
 
 OP = "KVPrune"
 
@@ -17,17 +19,17 @@ class KVPrunePass(ir.passes.InPlacePass):
     """Put one KVPrune node behind each layer's K and V.
 
     present.i.key and .value [B, H, S, Dh] become [B, H, K, Dh]: the positions of `kv_keep_index`
-    [B, K] int64, ascending in each row. Attention goes on reading the full K and V. The node has a
-    model-local function as its body, so that any ONNX runtime runs it, and names the TensorRT
-    plugin that replaces it where one is loaded.
+    [B, K] int64, ascending in each row; in a graph that takes a past S counts that and the new tokens.
+    Attention goes on reading the full K and V. The node has a model-local function as its body, so
+    that any ONNX runtime runs it, and names the TensorRT plugin that replaces it where one is loaded.
 
     Raises PassError where a layer lacks a key or value output.
     """
 
-    def __init__(self, num_layers: int) -> None:
-        """num_layers: decoder layers."""
+    def __init__(self, num_layers: int, names: Sequence[str] = ()) -> None:
+        """num_layers: decoder layers; names: of each K and V, by default `present.i.key`, `.value`."""
         super().__init__()
-        self.num_layers = num_layers
+        self.names = tuple(names) or tuple(present_names("present", num_layers))
 
     def requires(self, model: ir.Model) -> None:
         """Once."""
@@ -35,7 +37,7 @@ class KVPrunePass(ir.passes.InPlacePass):
 
     def ensures(self, model: ir.Model) -> None:
         """No layer gives its full K or V out."""
-        present = [value for value in model.graph.outputs if (value.name or "").startswith("present.")]
+        present = [value for value in model.graph.outputs if value.name in self.names]
         left = [value.name for value in present if made_by(value, OP) is None]
         if left:
             raise ir.passes.PostconditionError(f"{left[0]} is not pruned")
@@ -50,8 +52,7 @@ class KVPrunePass(ir.passes.InPlacePass):
         )
         graph.inputs.append(keep)
         outputs = {value.name: i for i, value in enumerate(graph.outputs)}
-        for layer in range(self.num_layers):
-            names = [f"present.{layer}.key", f"present.{layer}.value"]
+        for layer, names in enumerate(zip(self.names[::2], self.names[1::2], strict=True)):
             missing = [name for name in names if name not in outputs]
             if missing:
                 raise PassError(f"the prefill graph has no output {missing[0]}")

@@ -9,6 +9,9 @@ DECODE = "decoder_decode"
 
 FFN_INDEX = "ffn_index"
 KV_KEEP_INDEX = "kv_keep_index"
+# What a decoder takes its tokens as, ours the first of them.
+TOKEN_INPUTS = ("inputs_embeds", "input_ids")
+POSITION_IDS = "position_ids"
 # Only in bundles with strict masking.
 IMAGE_INDEX = "image_index"
 
