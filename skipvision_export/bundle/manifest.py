@@ -126,7 +126,8 @@ class PromptInfo(StrictModel):
 class Manifest(VersionedModel):
     """The whole manifest; `load` checks its schema version first.
 
-    variants: forms of a graph for one runtime, by `GRAPH.RUNTIME`; each gives what the graph gives.
+    variants: forms of a graph for one runtime, by `GRAPH.RUNTIME`; each gives what the graph gives,
+    those for genai the features of all pictures as one matrix.
     dtype: of the arithmetic, and of the weights unless `weights` says that the decoder's matrices have
     less bits.
     prompt: for runtimes without Jinja; absent where there is no template, or it does more than put

@@ -33,7 +33,7 @@ def rewrite(trace: Trace, context: PassContext) -> Rewritten:
             each(model)
             # What a pass leaves unused would still look like a reader to the next.
             common.RemoveUnusedNodesPass()(model)
-        for runtime, passes in variants_for(name).items():
+        for runtime, passes in variants_for(name, context.target).items():
             variant = model.clone()
             modified = [each(variant).modified for each in passes]
             if modified[0]:

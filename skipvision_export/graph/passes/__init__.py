@@ -12,13 +12,14 @@ import onnx_ir as ir
 
 from skipvision_export.config import SkipVisionConfig
 from skipvision_export.graph.passes.cached_positions import CachedPositionsPass
+from skipvision_export.graph.passes.flat_features import FlatFeaturesPass
 from skipvision_export.graph.passes.grouped_prefill import GroupedPrefillPass
 from skipvision_export.graph.passes.half_rotary import HalfRotaryPass
 from skipvision_export.graph.passes.int4_weights import Int4WeightsPass
 from skipvision_export.graph.passes.kv_prune import KVPrunePass
 from skipvision_export.graph.passes.last_layer import LastLayerPass
 from skipvision_export.graph.passes.lay_out import LayOutPass, Weights
-from skipvision_export.graph.passes.names import DECODE, EMBED, PREFILL, VISION
+from skipvision_export.graph.passes.names import DECODE, EMBED, GENAI, ONNXRUNTIME, PREFILL, VISION
 from skipvision_export.graph.passes.native_gqa import NativeGQAPass
 from skipvision_export.graph.passes.pack_projections import PackProjectionsPass
 from skipvision_export.graph.passes.shared_kv import SharedKVPass
@@ -34,6 +35,7 @@ class PassContext:
 
     summary: weights of the summary tokens, see LayOutPass; empty where the layout has none. pack, int4: the
     passes that both decoder graphs go through, where projections are packed, and where weights become int4.
+    target: the runtime that the bundle is for.
     """
 
     num_layers: int
@@ -44,6 +46,7 @@ class PassContext:
     summary: Weights = field(default_factory=dict)
     pack: PackProjectionsPass | None = None
     int4: Int4WeightsPass | None = None
+    target: str = ONNXRUNTIME
 
 
 def passes_for(graph: str, context: PassContext) -> list[ir.passes.InPlacePass]:
@@ -77,17 +80,19 @@ def passes_for(graph: str, context: PassContext) -> list[ir.passes.InPlacePass]:
     return passes[graph]
 
 
-def variants_for(graph: str) -> dict[str, list[ir.passes.InPlacePass]]:
+def variants_for(graph: str, target: str) -> dict[str, list[ir.passes.InPlacePass]]:
     """Other forms of a graph, by the runtime they are for: the passes that make each, after all others.
 
     A variant stands beside the graph, which every runtime can run, and shares its weights. It is left
     out where the first of its passes finds nothing to change.
     """
-    forms: dict[str, list[ir.passes.InPlacePass]] = {
-        PREFILL: [GroupedPrefillPass()],
-        DECODE: [SharedKVPass(), SkipNormPass()],
+    forms: dict[str, dict[str, list[ir.passes.InPlacePass]]] = {
+        PREFILL: {ONNXRUNTIME: [GroupedPrefillPass()]},
+        DECODE: {ONNXRUNTIME: [SharedKVPass(), SkipNormPass()]},
     }
-    return {"onnxruntime": forms[graph]} if graph in forms else {}
+    if target == GENAI:
+        forms |= {graph: {GENAI: [FlatFeaturesPass()]} for graph in (VISION, EMBED)}
+    return forms.get(graph, {})
 
 
 def passes_for_others(tiers: Sequence[int], kv_names: Sequence[str]) -> list[ir.passes.InPlacePass]:
