@@ -6,6 +6,7 @@ is refused.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from bisect import bisect
 from collections import Counter
@@ -97,12 +98,26 @@ def _check_opset(found: int, least: int, what: str, otherwise: str = "") -> None
 
 
 def _inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """With shapes; those that the file gives stay, inference does not know all operators."""
+    """With shapes: those that the file gives, what ONNX infers and, past its own operators, ONNX Runtime."""
     try:
-        return onnx.shape_inference.infer_shapes(proto, data_prop=True)
+        inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     except onnx.shape_inference.InferenceError as error:
         text = str(error).split("\n")[0]
         raise PassError(f"the graph contradicts itself: {text}") from None
+    known = {value.name for value in (*inferred.graph.value_info, *inferred.graph.output)}
+    others = any(node.domain not in ("", "ai.onnx") for node in inferred.graph.node)
+    if not others or all(name in known for node in inferred.graph.node for name in node.output if name):
+        return inferred
+    from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
+
+    # Step by step: where it does not get to the end, its own function writes the graph to a file.
+    inference = SymbolicShapeInference(2**31 - 1, auto_merge=False, guess_output_rank=False, verbose=0)
+    inference._preprocess(inferred)
+    # It raises many kinds on what it does not know; the passes refuse a shape that they miss, by name.
+    with contextlib.suppress(Exception):
+        while inference.run_:
+            inference._infer_impl()
+    return inference.out_mp_  # type: ignore[no-any-return]
 
 
 def _kv_names(graph: ir.Graph) -> list[str]:
