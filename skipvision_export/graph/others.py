@@ -23,7 +23,7 @@ from skipvision_export.graph.clean import clear_inferred_types
 from skipvision_export.graph.passes import SKIP_FFN_OPSET, SKIP_KV_OPSET, passes_for_others
 from skipvision_export.graph.passes.names import FFN_INDEX, KV_KEEP_INDEX
 from skipvision_export.graph.passes.regions import Branch, is_product
-from skipvision_export.graph.passes.skip_ffn import find_ffns, token_input
+from skipvision_export.graph.passes.skip_ffn import find_ffns, is_one_row, token_input
 from skipvision_export.graph.passes.split_norm import SplitNormPass
 
 # `present.3.key`, `present_key_values_3_value`, `present.3.decoder.key`.
@@ -62,6 +62,12 @@ class OthersDecoder:
         self.kv_names = _kv_names(self.model.graph)
         branches = find_ffns(self.model.graph)
         _check_layers(self.model.graph, branches, self.kv_names)
+        for ffn in branches:
+            if is_one_row(ffn, token_input(self.model.graph)):
+                raise PassError(
+                    f"the FFN {ffn.scope} cannot be split: it gets one position of each sequence, and "
+                    "nothing says which"
+                )
         self.ffns = [FoundFFN(ffn.scope, _form(ffn), ffn.add.name or "?") for ffn in branches]
 
     @property

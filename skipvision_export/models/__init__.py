@@ -6,8 +6,9 @@ from skipvision_export.models.registry import (
     DecoderDims,
     ModelFamily,
     VisionDims,
+    check_parts,
     family_of,
     supported_architectures,
 )
 
-__all__ = ["DecoderDims", "ModelFamily", "VisionDims", "family_of", "supported_architectures"]
+__all__ = ["DecoderDims", "ModelFamily", "VisionDims", "check_parts", "family_of", "supported_architectures"]

@@ -89,11 +89,13 @@ def is_rowwise(node: ir.Node) -> bool:
 
 
 def _prove(node: ir.Node, known: _Known) -> None:
-    if any(value in known.sizes for value in node.inputs) and not any(
-        value in known for value in node.inputs
-    ):
-        known.sizes[node.outputs[0]] = follow(node, known.sizes)
-        return
+    tokens = any(value in known for value in node.inputs)
+    if any(value in known.sizes for value in node.inputs):
+        if not tokens:
+            known.sizes[node.outputs[0]] = follow(node, known.sizes)
+            return
+        if node.op_type != "Reshape":
+            raise _NotRowwiseError("computes with the number of tokens")
     _rule(node)(node, known)
     if not any(value in known.sizes or value in known for value in node.outputs):
         known.ranks.update(dict.fromkeys(node.outputs, known.rank(node)))
@@ -193,7 +195,7 @@ def _reduce(node: ir.Node, known: _Known) -> None:
     given = node.inputs[1] if len(node.inputs) > 1 else None
     # An attribute up to opset 17, an input since.
     axes = _constant(given) if given is not None else node.attributes.get_ints("axes", None)
-    if axes is None:
+    if not axes:
         raise _NotRowwiseError("reduces all axes")
     for axis in axes:
         _last_axis(node, known, axis)

@@ -74,7 +74,7 @@ class SkipFFNPass(ir.passes.InPlacePass):
             _check_closed(ffn, graph)
         indices = {tier: _index_input(graph, tier) for tier in sorted({tier for _, tier in split})}
         for ffn, tier in split:
-            if _is_last_row(ffn):
+            if is_one_row(ffn, tokens):
                 _choose(graph, ffn, indices[tier][0], tokens)
             else:
                 _split(graph, ffn, *indices[tier])
@@ -182,8 +182,10 @@ def _split(graph: ir.Graph, ffn: Branch, index: ir.Value, column: ir.Value) -> N
     graph.insert_after(add, after.nodes)
 
 
-def _is_last_row(ffn: Branch) -> bool:
-    return ffn.trunk.shape is not None and ffn.trunk.shape[1] == 1
+def is_one_row(ffn: Branch, tokens: ir.Value) -> bool:
+    """Does an FFN get one position of each sequence, of several that the decoder takes?"""
+    whole, own = tokens.shape, ffn.trunk.shape
+    return whole is not None and own is not None and own[1] == 1 and whole[1] != 1
 
 
 def _choose(graph: ir.Graph, ffn: Branch, index: ir.Value, tokens: ir.Value) -> None:
