@@ -23,6 +23,7 @@ from skipvision_export.graph.clean import clear_inferred_types
 from skipvision_export.graph.passes import SKIP_FFN_OPSET, SKIP_KV_OPSET, passes_for_others
 from skipvision_export.graph.passes.names import FFN_INDEX, KV_KEEP_INDEX
 from skipvision_export.graph.passes.regions import Branch, is_product
+from skipvision_export.graph.passes.rowwise import rank
 from skipvision_export.graph.passes.skip_ffn import find_ffns, is_one_row, token_input
 from skipvision_export.graph.passes.split_norm import SplitNormPass
 
@@ -81,6 +82,12 @@ class OthersDecoder:
         Raises PassError, which names the node, for what cannot be proved.
         """
         kv_names = [] if keep_kv else self.kv_names
+        unnamed = [value.name for value in self.model.graph.outputs if rank(value) == 4]
+        if unnamed and not keep_kv and not kv_names:
+            raise PassError(
+                f"{unnamed[0]} may be keys or values, but is not named present.N.key or present.N.value; "
+                "give it such a name, or leave keys and values whole (--keep-kv)"
+            )
         if kv_names:
             _check_opset(self.opset, SKIP_KV_OPSET, "Skip-KV", "; or leave keys and values whole (--keep-kv)")
             _check_kv(self.model.graph, kv_names)

@@ -240,6 +240,20 @@ def test_a_cache_that_cannot_be_pruned(capsys, decoder, tmp_path):
     assert rewrite(file, tmp_path / "o.onnx", "--keep-kv") == 0
 
 
+def test_a_cache_by_other_names(capsys, decoder, tmp_path):
+    def renamed(graph):
+        for value in graph.output:
+            old, value.name = value.name, value.name.replace("present", "cache")
+            for each in graph.node:
+                each.output[:] = [value.name if name == old else name for name in each.output]
+                each.input[:] = [value.name if name == old else name for name in each.input]
+
+    file = altered(decoder, tmp_path, renamed)
+    said = "cache.0.key may be keys or values, but is not named present.N.key"
+    refused(capsys, said, file, tmp_path / "o.onnx")
+    assert rewrite(file, tmp_path / "o.onnx", "--keep-kv", "--dry-run") == 0
+
+
 def test_help_teaches(capsys):
     assert run(["rewrite", "--help"]) == 0
     said = " ".join(capsys.readouterr().out.split())
