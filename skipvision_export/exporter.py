@@ -100,6 +100,7 @@ class TracedModel:
             visual_tokens=visual,
             config=config,
             layout=layout,
+            max_positions=family.max_positions(hf_config),
             summary=_summary_weights(self.source) if layout.summaries else {},
             # A link can only be to a matrix as it is stored.
             pack=None if reference_weights else PackProjectionsPass(pack),
@@ -140,6 +141,7 @@ class TracedModel:
                     visual_tokens=visual,
                     tiled=family.tiled,
                     image_token_id=family.image_token_id(hf_config),
+                    max_positions=context.max_positions,
                 ),
                 prompt=read_chat(folder),
                 dtype=self.dtype,

@@ -97,7 +97,8 @@ class Roles(StrictModel):
 class ModelInfo(StrictModel):
     """Sizes that runtimes and benchmarks need without opening a graph.
 
-    visual_tokens are those of one crop where an image is `tiled`, a thumbnail and tiles.
+    visual_tokens are those of one crop where an image is `tiled`, a thumbnail and tiles. max_positions: of
+    a sequence, generated tokens included; no graph may be given a position beyond.
     """
 
     num_layers: int
@@ -110,6 +111,7 @@ class ModelInfo(StrictModel):
     visual_tokens: int
     image_token_id: int
     tiled: bool = False
+    max_positions: int | None = None
 
 
 class PromptInfo(StrictModel):
@@ -126,8 +128,9 @@ class PromptInfo(StrictModel):
 class Manifest(VersionedModel):
     """The whole manifest; `load` checks its schema version first.
 
-    variants: forms of a graph for one runtime, by `GRAPH.RUNTIME`; each gives what the graph gives,
-    those for genai the features of all pictures as one matrix.
+    variants: other forms of a graph: `GRAPH.RUNTIME` gives what the graph gives, for one runtime (those
+    for genai: the features of all pictures as one matrix); `decoder_prefill.append` is prefill that takes
+    the cache of the turns before, as decode does.
     dtype: of the arithmetic, and of the weights unless `weights` says that the decoder's matrices have
     less bits.
     prompt: for runtimes without Jinja; absent where there is no template, or it does more than put

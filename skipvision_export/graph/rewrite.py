@@ -9,13 +9,13 @@ import onnx_ir.passes.common as common
 
 from skipvision_export.graph.clean import clear_inferred_types, unique_node_names
 from skipvision_export.graph.passes import PassContext, passes_for, variants_for
-from skipvision_export.graph.passes.names import DECODE
+from skipvision_export.graph.passes.names import APPEND, DECODE, PREFILL
 from skipvision_export.graph.trace import Trace
 
 
 @dataclass
 class Rewritten:
-    """The graphs of a bundle by name, and forms of them for one runtime by `NAME.RUNTIME`."""
+    """The graphs of a bundle by name, and other forms of them by `NAME.FORM`, see `Manifest`."""
 
     graphs: dict[str, ir.Model]
     variants: dict[str, ir.Model] = field(default_factory=dict)
@@ -27,13 +27,16 @@ def rewrite(trace: Trace, context: PassContext) -> Rewritten:
     Raises PassError where a pass refuses a graph.
     """
     result = Rewritten(trace.clone().graphs)
-    # Prefill before decode, which shares the weights that PackProjections makes there.
-    for name, model in sorted(result.graphs.items(), key=lambda item: item[0] == DECODE):
+    # Decode's trace is that of any number of tokens behind a cache.
+    result.variants[APPEND] = trace.graphs[DECODE].clone()
+    # Prefill first: the others share the weights that PackProjections makes there.
+    every = result.graphs | result.variants
+    for name, model in sorted(every.items(), key=lambda item: item[0] != PREFILL):
         for each in passes_for(name, context):
             each(model)
             # What a pass leaves unused would still look like a reader to the next.
             common.RemoveUnusedNodesPass()(model)
-        for runtime, passes in variants_for(name, context.target).items():
+        for runtime, passes in variants_for(name, context).items():
             variant = model.clone()
             modified = [each(variant).modified for each in passes]
             if modified[0]:

@@ -24,19 +24,22 @@ def prefill_mask(
     skipped: Tensor,
     image: Tensor,
     *,
+    cached: int = 0,
     strict: bool,
     answers: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Additive causal mask [B, 1, S, S] in which skipped tokens are hidden from some queries.
+    """Additive causal mask [B, 1, S, P+S] in which skipped tokens are hidden from some queries.
 
-    attention_mask: [B, S], 0 at padding; skipped: [B, S] bool; image: [B, S] int64, 0 for text, i for
+    cached: P, positions of turns before, of which none is skipped any more. attention_mask: [B, P+S], 0 at
+    padding; skipped: [B, S] bool; image: [B, S] int64, 0 for text, i for
     the row's i-th picture. strict hides a picture's skipped tokens from all that is outside of it
     (Skip-Vision's stricter variant); answers [B, S] bool are queries from which all are hidden.
     """
     length = skipped.shape[1]
     seen = torch.ones(length, length, dtype=torch.bool, device=skipped.device).tril()
-    seen = seen & (torch.ones_like(skipped) if attention_mask is None else attention_mask.bool())[:, None]
+    padded = torch.ones_like(skipped) if attention_mask is None else attention_mask[:, cached:].bool()
+    seen = seen & padded[:, None]
     hidden = skipped[:, None, :]  # [B, 1, S]: as a key
     if strict:
         seen = seen & ~(hidden & (image[:, :, None] != image[:, None, :]))
@@ -44,5 +47,9 @@ def prefill_mask(
         seen = seen & ~(hidden & answers[:, :, None])
     # A padding row sees itself at least: a softmax over nothing is NaN.
     seen = seen | torch.eye(length, dtype=torch.bool, device=seen.device)
+    if cached:
+        assert attention_mask is not None
+        before = attention_mask[:, None, :cached].bool().expand(-1, length, -1)
+        seen = torch.cat([before, seen], 2)
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
     return mask.masked_fill(~seen, torch.finfo(dtype).min)[:, None]

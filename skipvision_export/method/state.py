@@ -31,8 +31,9 @@ class SkipVisionState:
     order: [N, V] int64, patch index of each visual token before merging, retained ones first, for
         the last images.
     skipped: [B, S] bool in prefill, True where K/V will be dropped; None in decode.
-    keep_index, keep_mask: [B, K], positions whose K/V outlived prefill, and which of them count.
-    prompt_length: S of the last prefill, placeholders resized.
+    keep_index, keep_mask: [B, K], positions of the whole sequence whose K/V outlived the last prefill, and
+        which of them count.
+    prompt_length: positions up to the end of the last prefill, placeholders resized.
     """
 
     def __init__(
@@ -56,6 +57,8 @@ class SkipVisionState:
         self.prompt_length = 0
         self.next_position: Tensor | None = None
         self._rows: dict[int, Tensor] = {}
+        # Of the cache that a prefill goes on from: keep_index and keep_mask.
+        self._cached = torch.empty(0, 0, dtype=torch.int64), torch.empty(0, 0, dtype=torch.int64)
         self._shape = torch.Size()
         self._image: Tensor | None = None  # [B, S] int64: 0 for text, i for a row's i-th picture
         self._answers: Tensor | None = None
@@ -184,12 +187,12 @@ class SkipVisionState:
         ids = kwargs.get("input_ids", args[0] if args else None)
         cache = kwargs.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
-        if kwargs.get("pixel_values") is not None and past:
-            raise InputError("pictures must come with the first call, before anything is cached")
         self.skipped, self._rows = None, {}
-        if past:
+        if past and kwargs.get("pixel_values") is None:
             return
-        self.keep_index = self.keep_mask = self.next_position = None
+        if not past:
+            self.keep_index = self.keep_mask = self.next_position = None
+            self.prompt_length = 0
         if ids is None:
             raise InputError("apply_skip_vision needs input_ids to find the visual tokens")
         is_image = ids == self.image_token
@@ -198,7 +201,8 @@ class SkipVisionState:
         rank = place % self.layout.total
         self._image = is_image * (place // self.layout.total + 1)
         self._shape = ids.shape
-        self.prompt_length = ids.shape[1]
+        self._remember(past)
+        self.prompt_length += ids.shape[1]
 
         def spread(flags: list[bool]) -> Tensor:
             """One flag for each token of the layout -> [B, S] bool; text is True."""
@@ -209,6 +213,25 @@ class SkipVisionState:
             rows = spread(self.layout.ffn_mask(tier)).flatten().nonzero().squeeze(1)
             if rows.numel() < ids.numel():
                 self._rows[tier] = rows
+
+    def _remember(self, past: int) -> None:
+        """Count what was generated since the last prefill among the positions that are kept."""
+        if self.keep_index is None or self.keep_mask is None:
+            # Nothing was dropped so far: every position is in the cache.
+            self.prompt_length = past
+            places = torch.arange(past).expand(self._shape[0], -1)
+            self._cached = places, torch.ones_like(places)
+            return
+        generated = past - self.keep_index.shape[1]
+        more = self.prompt_length + torch.arange(generated, device=self.keep_index.device)
+        more = more.expand(self._shape[0], -1)
+        self._cached = (
+            torch.cat([self.keep_index, more], 1),
+            torch.cat([self.keep_mask, torch.ones_like(more)], 1),
+        )
+        self.prompt_length += generated
+        if self.next_position is not None:
+            self.next_position = self.next_position + generated
 
     def on_norm(self, tier: int) -> Callable[..., Any]:
         """Pre-hook on the FFN's norm: [B, S, D] -> the rows of unskipped tokens [1, M, D]."""
@@ -259,30 +282,47 @@ class SkipVisionState:
         """Hide skipped tokens from the text after them, or from answers, where that is asked for."""
         assert self.skipped is not None and self._image is not None
         answers = self._answers if self.train_skip_kv else None
+        before = self._cached[1]
+        if before.numel():
+            self._go_on(kwargs, before)
         if not self.skipped.any() or (not self.config.strict and answers is None):
             return None
         kwargs["attention_mask"] = prefill_mask(
             kwargs.get("attention_mask"),
             self.skipped,
             self._image,
+            cached=before.shape[1],
             strict=self.config.strict,
             answers=answers,
             dtype=kwargs["inputs_embeds"].dtype,
         )
         return args, kwargs
 
+    def _go_on(self, kwargs: dict[str, Any], before: Tensor) -> None:
+        """attention_mask [B, P+S] and positions of tokens that come behind a cache of P positions."""
+        assert self.skipped is not None
+        new, mask = self.skipped.shape[1], kwargs.get("attention_mask")
+        seen = torch.ones_like(self.skipped, dtype=torch.int64) if mask is None else mask[:, -new:]
+        kwargs["attention_mask"] = torch.cat([before.to(seen), seen], 1)
+        if kwargs.get("position_ids") is None and self.next_position is not None:
+            kwargs["position_ids"] = self.next_position[:, None] + torch.arange(new, device=seen.device)
+
     def after_decoder(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         """Hook on the decoder: after prefill, drop the K/V of skipped tokens in every layer."""
         cache = getattr(out, "past_key_values", None)
-        if self.skipped is None or cache is None or not self.skipped.any():
+        before, counts = self._cached
+        if self.skipped is None or cache is None or not (self.skipped.any() or before.numel()):
             return
-        positions = kwargs.get("position_ids")
+        positions, new = kwargs.get("position_ids"), self.skipped.shape[1]
         if positions is None:
-            length = self.skipped.shape[1]
-            positions = torch.arange(length, device=self.skipped.device).expand(self.skipped.shape)
-        self.next_position = positions[:, -1] + 1
-        self.keep_index, self.keep_mask = kept_positions(self.skipped)
-        index = self.keep_index[:, None, :, None]  # [B, 1, K, 1]
+            start = before.shape[1]
+            positions = torch.arange(start, start + new, device=self.skipped.device)[None]
+        self.next_position = positions[:, -1].expand(self.skipped.shape[0]) + 1
+        kept, mask = kept_positions(self.skipped)
+        self.keep_index = torch.cat([before.to(kept), self.prompt_length - new + kept], 1)
+        self.keep_mask = torch.cat([counts.to(mask), mask], 1)
+        columns = torch.arange(before.shape[1], device=kept.device).expand(kept.shape[0], -1)
+        index = torch.cat([columns, before.shape[1] + kept], 1)[:, None, :, None]  # [B, 1, P+K, 1]
         for layer in cache.layers:
             shape = (-1, layer.keys.shape[1], -1, layer.keys.shape[3])
             layer.keys = layer.keys.gather(2, index.expand(shape))

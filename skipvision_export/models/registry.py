@@ -83,6 +83,10 @@ class ModelFamily:
             tiled=self.tiled,
         )
 
+    def max_positions(self, config: Any) -> int | None:
+        """The longest sequence of the text decoder, where its configuration names one."""
+        return getattr(config.get_text_config(), "max_position_embeddings", None)
+
     def decoder_dims(self, config: Any) -> DecoderDims:
         """Sizes of the text decoder."""
         raise NotImplementedError

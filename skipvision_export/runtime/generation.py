@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skipvision_export.bundle import Manifest
+from skipvision_export.errors import InputError
 from skipvision_export.graph.passes.names import (
     EMBED,
     IMAGE_INDEX,
@@ -168,9 +169,11 @@ class Generator:
         """Generate for prompts [1, S] in one prefill, and one decode step for the next token of all.
 
         pixel_values: of each prompt; or give features, those of all. Each goes on until an end token or
-        `max_new_tokens`; times are those of the batch.
+        `max_new_tokens`; times are those of the batch. Raises InputError for more positions than the model
+        has.
         """
         batch = PromptBatch.join(prompts, self.image_token)
+        self._check_room(int(batch.lengths.max()), max_new_tokens)
         done = [Transcript(prompt_tokens=int(length)) for length in batch.lengths]
         start = time.perf_counter()
         if features is None:
@@ -207,6 +210,16 @@ class Generator:
             for row in running:
                 done[row].decode_ms.append(passed)
             positions = positions + 1
+
+    def _check_room(self, length: int, new: int) -> None:
+        """Would a prompt of this length and its answer be longer than the model's positions?"""
+        most = self.manifest.model.max_positions
+        if most is not None and length + new > most:
+            raise InputError(
+                f"the prompt's {length} tokens and {new} new ones are over the model's {most}; "
+                + (f"ask for at most {most - length} new tokens, or " if length < most else "")
+                + "shorten the prompt"
+            )
 
     def _encode_all(self, pixel_values: Sequence[npt.NDArray[np.float32]]) -> Any:
         """Features of all prompts' pictures in their order, in one run where they have one size."""

@@ -72,8 +72,7 @@ def plan(bundle: Path, recipe: Recipe, library: Path | None = None, elsewhere: b
             "know; export again without --weights"
         )
     source = resolve_model(bundle)
-    family, text = source.family, source.config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
+    family, positions = source.family, manifest.model.max_positions
     crops = family.most_visual_tokens(source.config) // family.visual_tokens(source.config)
     found = [sizes(profile, manifest, positions, crops) for profile in recipe.profiles]
     if elsewhere and library is None and recipe.plugin.kv_prune == "library":

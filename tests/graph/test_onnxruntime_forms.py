@@ -11,6 +11,7 @@ from damage import another_mask, causal
 
 from skipvision_export.graph.clean import clear_inferred_types, unique_node_names
 from skipvision_export.graph.passes.grouped_prefill import GroupedPrefillPass
+from skipvision_export.graph.passes.grouped_rotary import GroupedRotaryPass
 from skipvision_export.graph.passes.kv_prune import KVPrunePass
 from skipvision_export.graph.passes.last_layer import LastLayerPass
 from skipvision_export.graph.passes.names import DECODE, PREFILL
@@ -209,3 +210,89 @@ def test_a_norm_over_more_axes_is_left_alone(traced):
 def test_both_forms_of_decode_together(traced):
     model = ready(traced, DECODE)
     assert SharedKVPass()(model).modified and SkipNormPass()(model).modified
+
+
+# -- rotation inside attention -----------------------------------------------------------------------
+
+
+def shared(traced, *passes):
+    model = ready(traced, DECODE, PackProjectionsPass(pack))
+    for each in (SharedKVPass(), *passes):
+        each(model)
+    return model
+
+
+def in_buffer(cached=6, batch=2, room=12):
+    """Inputs of a step on a buffer that past and present share."""
+    feeds = step(cached, batch)
+    for name in feeds:
+        if name.startswith("past_key_values"):
+            feeds[name] = np.pad(feeds[name], ((0, 0), (0, 0), (0, room - cached), (0, 0)))
+    return feeds
+
+
+@pytest.mark.parametrize("ids", [[[17], [17]], [[3], [99]]])
+def test_attention_rotates(traced, ids):
+    feeds = in_buffer() | {"position_ids": np.array(ids)}
+    want = run(shared(traced), feeds)
+    model = shared(traced, GroupedRotaryPass(100))
+    made = count(model)
+    assert (made["RotaryEmbedding"], made["Split"]) == (0, LAYERS)  # those of gate and up
+    assert_equal(run(model, feeds), want)
+
+
+def test_a_table_that_begins_one_further_is_caught(traced):
+    want = run(shared(traced), in_buffer())[0]
+    model = shared(traced, GroupedRotaryPass(100))
+    every = next(node for node in model.graph if node.op_type == "Range")
+    for i, end in enumerate((1, 101)):
+        constant = ir.node("Constant", [], {"value": ir.tensor(np.array(end, np.int64))})
+        model.graph.insert_before(every, constant)
+        every.replace_input_with(i, constant.outputs[0])
+    assert abs(run(model, in_buffer())[0] - want).max() > 1e-3
+
+
+def depend_on_all_positions(graph):
+    """As dynamic scaling does, where the longest position changes every angle."""
+    ids = next(value for value in graph.inputs if value.name == "position_ids")
+    users = [(use.node, use.idx) for use in ids.uses()]
+    longest = ir.node("ReduceMax", [ids], {"keepdims": 1})
+    moved = ir.node("Mul", [ids, longest.outputs[0]])
+    graph.insert_before(graph[0], [longest, moved])
+    for node, at in users:
+        node.replace_input_with(at, moved.outputs[0])
+
+
+def rotate_pairs(graph):
+    for node in graph:
+        if node.op_type == "RotaryEmbedding":
+            node.attributes["interleaved"] = ir.AttrInt64("interleaved", 1)
+
+
+def test_what_is_not_packed_rotates_too(traced):
+    model = ready(traced, DECODE)
+    SharedKVPass()(model)
+    want = run(model.clone(), in_buffer())
+    assert GroupedRotaryPass(100)(model).modified
+    assert count(model)["RotaryEmbedding"] == 0
+    assert_equal(run(model, in_buffer()), want)
+
+
+def make_heads_odd(graph):
+    for node in graph:
+        if node.op_type == "GroupQueryAttention":
+            node.inputs[3].shape[3] = 24
+
+
+@pytest.mark.parametrize(
+    "change", [depend_on_all_positions, rotate_pairs, make_heads_odd], ids=lambda f: f.__name__
+)
+def test_other_rotations_are_left_alone(traced, change):
+    model = shared(traced)
+    change(model.graph)
+    assert not GroupedRotaryPass(100)(model).modified
+
+
+@pytest.mark.parametrize("positions", [None, 1 << 20])
+def test_no_table_without_a_limit_or_above_it(traced, positions):
+    assert not GroupedRotaryPass(positions)(shared(traced)).modified

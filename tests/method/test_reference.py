@@ -7,7 +7,7 @@ from tiny import tiny_model
 from transformers import DynamicCache
 
 from skipvision_export import SkipVisionConfig, apply_skip_vision
-from skipvision_export.errors import ConfigError, InputError, ModelError
+from skipvision_export.errors import ConfigError, ModelError
 from skipvision_export.method import layout_order, select_by_cls_attention
 
 CONFIG = SkipVisionConfig.preset("skip-75")
@@ -171,7 +171,3 @@ def test_refusals(model, inputs):
         pass
     with pytest.raises(ModelError, match="supported"), apply_skip_vision(torch.nn.Linear(1, 1), CONFIG):
         pass
-    with apply_skip_vision(model, CONFIG):
-        cache = model(**inputs, use_cache=True).past_key_values
-        with pytest.raises(InputError, match="first call"):
-            model(**inputs, past_key_values=cache)

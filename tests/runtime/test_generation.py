@@ -123,3 +123,18 @@ def test_a_whole_prompt_is_taken_as_it_is(bundle, picture):
     asked = bundle.prepare(picture, "What?")
     whole = bundle.prepare(picture, "USER: <image>\nWhat? ASSISTANT:")
     assert asked.input_ids.tolist() == whole.input_ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("new", "message"), [(500, "ask for at most 4"), (0, None)], ids=["too many", "as many as there are"]
+)
+def test_no_position_beyond_the_models(bundle, picture, new, message):
+    inputs = bundle.prepare(picture, "What?")
+    room = 512 - inputs.input_ids.shape[1]
+    if message is None:
+        bundle.generator.generate_batch(
+            [inputs.input_ids], [inputs.pixel_values], max_new_tokens=room, eos=range(280)
+        )
+        return
+    with pytest.raises(InputError, match=f"{new} new ones are over the model's 512; {message}"):
+        bundle.run(inputs, new)

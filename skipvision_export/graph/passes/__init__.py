@@ -14,12 +14,13 @@ from skipvision_export.config import SkipVisionConfig
 from skipvision_export.graph.passes.cached_positions import CachedPositionsPass
 from skipvision_export.graph.passes.flat_features import FlatFeaturesPass
 from skipvision_export.graph.passes.grouped_prefill import GroupedPrefillPass
+from skipvision_export.graph.passes.grouped_rotary import GroupedRotaryPass
 from skipvision_export.graph.passes.half_rotary import HalfRotaryPass
 from skipvision_export.graph.passes.int4_weights import Int4WeightsPass
 from skipvision_export.graph.passes.kv_prune import KVPrunePass
 from skipvision_export.graph.passes.last_layer import LastLayerPass
 from skipvision_export.graph.passes.lay_out import LayOutPass, Weights
-from skipvision_export.graph.passes.names import DECODE, EMBED, GENAI, ONNXRUNTIME, PREFILL, VISION
+from skipvision_export.graph.passes.names import APPEND, DECODE, EMBED, GENAI, ONNXRUNTIME, PREFILL, VISION
 from skipvision_export.graph.passes.native_gqa import NativeGQAPass
 from skipvision_export.graph.passes.pack_projections import PackProjectionsPass
 from skipvision_export.graph.passes.shared_kv import SharedKVPass
@@ -33,6 +34,7 @@ from skipvision_export.layout import TokenLayout
 class PassContext:
     """What passes have to know about the model and the method.
 
+    max_positions: of a sequence, where the model names a limit.
     summary: weights of the summary tokens, see LayOutPass; empty where the layout has none. pack, int4: the
     passes that both decoder graphs go through, where projections are packed, and where weights become int4.
     target: the runtime that the bundle is for.
@@ -43,6 +45,7 @@ class PassContext:
     visual_tokens: int
     config: SkipVisionConfig
     layout: TokenLayout
+    max_positions: int | None = None
     summary: Weights = field(default_factory=dict)
     pack: PackProjectionsPass | None = None
     int4: Int4WeightsPass | None = None
@@ -61,26 +64,28 @@ def passes_for(graph: str, context: PassContext) -> list[ir.passes.InPlacePass]:
     config, layout = context.config, context.layout
     weights: list[ir.passes.InPlacePass] = [each for each in (context.pack, context.int4) if each]
     tiers = [layout.layer_tier(layer) for layer in range(context.num_layers)]
+    prefill: list[ir.passes.InPlacePass] = [
+        HalfRotaryPass(),
+        NativeGQAPass(),
+        *([StrictMaskPass()] if config.strict else []),
+        LastLayerPass(),
+        SkipFFNPass(tiers),
+        KVPrunePass(context.num_layers),
+        *weights,
+    ]
     passes: dict[str, list[ir.passes.InPlacePass]] = {
         VISION: [
             LayOutPass(config, layout, context.visual_tokens, context.vision_layers, context.summary),
         ],
         EMBED: [],
-        PREFILL: [
-            HalfRotaryPass(),
-            NativeGQAPass(),
-            *([StrictMaskPass()] if config.strict else []),
-            LastLayerPass(),
-            SkipFFNPass(tiers),
-            KVPrunePass(context.num_layers),
-            *weights,
-        ],
+        PREFILL: prefill,
+        APPEND: prefill,
         DECODE: [HalfRotaryPass(), NativeGQAPass(), *weights],
     }
     return passes[graph]
 
 
-def variants_for(graph: str, target: str) -> dict[str, list[ir.passes.InPlacePass]]:
+def variants_for(graph: str, context: PassContext) -> dict[str, list[ir.passes.InPlacePass]]:
     """Other forms of a graph, by the runtime they are for: the passes that make each, after all others.
 
     A variant stands beside the graph, which every runtime can run, and shares its weights. It is left
@@ -88,9 +93,9 @@ def variants_for(graph: str, target: str) -> dict[str, list[ir.passes.InPlacePas
     """
     forms: dict[str, dict[str, list[ir.passes.InPlacePass]]] = {
         PREFILL: {ONNXRUNTIME: [GroupedPrefillPass()]},
-        DECODE: {ONNXRUNTIME: [SharedKVPass(), SkipNormPass()]},
+        DECODE: {ONNXRUNTIME: [SharedKVPass(), GroupedRotaryPass(context.max_positions), SkipNormPass()]},
     }
-    if target == GENAI:
+    if context.target == GENAI:
         forms |= {graph: {GENAI: [FlatFeaturesPass()]} for graph in (VISION, EMBED)}
     return forms.get(graph, {})
 

@@ -6,6 +6,8 @@ VISION = "vision_encoder"
 EMBED = "embed_tokens"
 PREFILL = "decoder_prefill"
 DECODE = "decoder_decode"
+# Prefill that goes on from a cache: of a further turn of a conversation, with pictures or without.
+APPEND = f"{PREFILL}.append"
 
 FFN_INDEX = "ffn_index"
 KV_KEEP_INDEX = "kv_keep_index"

@@ -19,7 +19,8 @@ class StrictMaskPass(ir.passes.InPlacePass):
 
         after    M[b, 0, q, k] and (image_index[b, k] >= 0 or |image_index[b, q]| == |image_index[b, k]|)
 
-    A token always sees itself, so no row becomes empty. Source: Skip-Vision, the stricter variant of
+    Keys that come from a cache were kept, and are seen by all. A token always sees itself, so no row
+    becomes empty. Source: Skip-Vision, the stricter variant of
     Skip KV-cache.
 
     Raises PassError for an Attention without a boolean mask, and where there is none at all.
@@ -60,11 +61,15 @@ class StrictMaskPass(ir.passes.InPlacePass):
 
 
 def _allowed(graph: ir.Graph, index: ir.Value) -> ir.Value:
-    """[B, S] -> [B, 1, S, S] bool, at the head of the graph."""
+    """[B, S] -> [B, 1, S, P+S] bool, at the head of the graph."""
     t = tape.Tape()
-    picture = t.op("Abs", [index])
-    queries = t.op("Unsqueeze", [picture, constant(t, 1, 3)])  # [B, 1, S, 1]
-    keys = t.op("Unsqueeze", [picture, constant(t, 1, 2)])  # [B, 1, 1, S]
+    queries = t.op("Unsqueeze", [t.op("Abs", [index]), constant(t, 1, 3)])  # [B, 1, S, 1]
+    if any((value.name or "").startswith("past_key_values") for value in graph.inputs):
+        mask = next(value for value in graph.inputs if value.name == "attention_mask")
+        total, new = (t.op("Shape", [value], {"start": 1, "end": 2}) for value in (mask, index))
+        before = t.op("Concat", [constant(t, 0), t.op("Sub", [total, new]), constant(t, 0, 0)], {"axis": 0})
+        index = t.op("Pad", [index, before])  # [B, P+S], 0 for cached positions
+    keys = t.op("Unsqueeze", [t.op("Abs", [index]), constant(t, 1, 2)])  # [B, 1, 1, P+S]
     kept = t.op("GreaterOrEqual", [index, constant(t, 0)])
     kept = t.op("Unsqueeze", [kept, constant(t, 1, 2)])
     allowed = t.op("Or", [kept, t.op("Equal", [queries, keys])])
