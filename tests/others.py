@@ -15,24 +15,24 @@ import onnxruntime as ort
 import pytest
 import torch
 from tiny import tiny_model, tiny_processor
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from skipvision_export.graph.passes.names import present_names
 
-# What optimum-onnx 0.1.0 wrote of `write_llama`'s model, without its weights: it wants transformers 4, so it
+# What optimum-onnx 0.1.0 wrote of the tiny text model, without its weights: it wants transformers 4, so it
 # cannot stand beside this package. In an environment of its own (transformers 4.57.6, torch 2.13.0):
 #   optimum-cli export onnx --model llama --task text-generation-with-past out
 #   python tests/others.py out/model.onnx
 OPTIMUM = Path(__file__).parent / "data" / "optimum_llama.onnx.gz"
 
 
-def write_llama(folder: Path, llava=None) -> Path:
-    """The tiny model's decoder as a Llama, with its tokenizer."""
+def write_text_model(folder: Path, llava=None) -> Path:
+    """The tiny model's decoder as a model of its own, with its tokenizer."""
     llava = llava or tiny_model()
-    llama = LlamaForCausalLM(llava.config.text_config)
-    llama.model.load_state_dict(llava.model.language_model.state_dict())
-    llama.lm_head.load_state_dict(llava.lm_head.state_dict())
-    llama.save_pretrained(folder)
+    text = AutoModelForCausalLM.from_config(llava.config.text_config)
+    text.model.load_state_dict(llava.model.language_model.state_dict())
+    text.lm_head.load_state_dict(llava.lm_head.state_dict())
+    text.save_pretrained(folder)
     tiny_processor().tokenizer.save_pretrained(folder)
     return folder
 
@@ -120,19 +120,16 @@ def with_int4_of(llava, file: Path):
 class Decoder:
     """A decoder graph of any exporter in ONNX Runtime, rewritten or not."""
 
-    def __init__(self, model: Path | onnx.ModelProto, embed: np.ndarray, optimize: bool = True) -> None:
-        """embed: the table [vocab, D], for graphs that take embedded tokens."""
+    def __init__(self, file: Path, embed: np.ndarray, head_size: int = 16) -> None:
+        """embed: the table [vocab, D], for graphs that take embedded tokens; head_size: not in genai's."""
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
-        if not optimize:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        given = str(model) if isinstance(model, Path) else model.SerializeToString()
-        self.session = ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+        self.session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         self.inputs = {value.name: value.shape for value in self.session.get_inputs()}
         self.outputs = [value.name for value in self.session.get_outputs()]
         self.layers = sum(name.endswith(".key") for name in self.outputs)
-        self.embed = embed
+        self.embed, self.head_size = embed, head_size
 
     def run(self, ids, past=None, rows=None, keep=None, position: int | None = None) -> dict[str, np.ndarray]:
         """New tokens ids [B, S] behind `past`.
@@ -166,9 +163,6 @@ class Decoder:
         feeds = {name: value for name, value in feeds.items() if name in self.inputs}
         return dict(zip(self.outputs, self.session.run(None, feeds), strict=True))
 
-    # genai's builder gives it a name instead of a number; that of tests/tiny.py.
-    head_size = 16
-
     def generate(self, ids, steps: int, rows=None, keep=None, shift: int = 0):
         """Greedy: ids and last logits [vocab] of each step; shift: what decode's positions are off by."""
         out = self.run(ids, rows=rows, keep=keep)
@@ -179,6 +173,30 @@ class Decoder:
             if step < steps - 1:
                 out = self.run([[tokens[-1]]], past=out, position=np.shape(ids)[1] + step + shift)
         return tokens, np.array(logits), prefill
+
+
+def generate_in_one_buffer(decoder: Decoder, ids: np.ndarray, steps: int, rows: np.ndarray) -> np.ndarray:
+    """Logits [steps, vocab] of ids [1, S] with one buffer for past and present, as genai runs a graph."""
+    room, cached, logits = ids.shape[1] + steps, 0, []
+    buffers = {}
+    for name, shape in decoder.inputs.items():
+        if name.startswith("past_key_values."):
+            empty = np.zeros((1, shape[1], room, decoder.head_size), np.float32)
+            buffers[name] = ort.OrtValue.ortvalue_from_numpy(empty)
+    while len(logits) < steps:
+        binding = decoder.session.io_binding()
+        binding.bind_cpu_input("inputs_embeds", decoder.embed[ids])
+        binding.bind_cpu_input("attention_mask", np.ones((1, cached + ids.shape[1]), np.int64))
+        binding.bind_cpu_input("ffn_index", np.arange(1) if cached else rows)
+        binding.bind_output("logits")
+        for name, buffer in buffers.items():
+            binding.bind_ortvalue_input(name, buffer)
+            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), buffer)
+        decoder.session.run_with_iobinding(binding)
+        cached += ids.shape[1]
+        logits.append(binding.get_outputs()[0].numpy()[0, -1])
+        ids = logits[-1].argmax().reshape(1, 1)
+    return np.array(logits)
 
 
 def store_without_weights(file: str) -> None:
