@@ -168,6 +168,20 @@ def test_rows_of_a_batch_are_told_apart(made):
         assert np.abs(step["logits"][i] - alone["logits"][0]).max() <= LIMIT
 
 
+def test_a_turn_behind_a_pruned_cache(made):
+    """Several tokens at once are what they are one by one."""
+    ids, words = prompt()
+    (rows,), keep = indices(ids, SKIP)[0].values(), indices(ids, SKIP)[1]
+    skip, turn = made.decoder("skip"), [7, 9, 30, 41, 55]
+    past = skip.run(words, rows=rows, keep=keep)
+    at_once = skip.run([turn], past=past, position=ids.shape[1])
+    for i, token in enumerate(turn):
+        past = skip.run([[token]], past=past, position=ids.shape[1] + i)
+    assert np.abs(at_once["logits"][0, -1] - past["logits"][0, -1]).max() <= LIMIT
+    restarted = skip.run([turn], past=skip.run(words, rows=rows, keep=keep))
+    assert np.abs(restarted["logits"][0, -1] - past["logits"][0, -1]).max() > 100 * LIMIT
+
+
 def test_one_buffer_for_past_and_present_wants_whole_keys(tmp_path):
     """As genai shares it: Skip-FFN alone is the same there; pruned K and V would have no place."""
     made = Made("fp32 exclude_embeds=true", tmp_path)
@@ -198,7 +212,7 @@ def test_int4_with_activations_in_8_bits(tmp_path):
 
 
 # What genai's builder makes of other text models of tests/families.py: norms, activations and biases differ.
-@pytest.mark.skipif(not os.environ.get("SKIPVISION_ALL_FAMILIES"), reason="takes a minute")
+@pytest.mark.skipif(not os.environ.get("SKIPVISION_ALL_FAMILIES"), reason="some seconds more")
 @pytest.mark.parametrize("text", [name for name in TEXT if name != "llama"])
 def test_other_text_models(text, tmp_path):
     config = tiny_config()

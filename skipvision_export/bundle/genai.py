@@ -38,6 +38,10 @@ def write_genai(folder: Path, source: ModelSource, end: Sequence[int]) -> None:
     """Write `genai_config.json` into a dense bundle whose graphs have their forms for genai.
 
     end: ids of end tokens. The decoder is the decode graph: of no past and many tokens it is prefill.
+
+    Hugging Face's processor makes the inputs, as genai's own ones know other families' tokens only:
+    `Generator.set_inputs` of a NamedTensors with `input_ids` [1, S] int32, a placeholder for each visual
+    token, and, where there are pictures, `pixel_values` [N, 3, h, w] and `num_image_tokens` [1] int64.
     """
     dims, text = source.family.decoder_dims(source.config), source.config.text_config
     context = text.max_position_embeddings

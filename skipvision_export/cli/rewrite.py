@@ -42,7 +42,8 @@ def rewrite(
     FFNs (a policy: one index for each tier); kv_keep_index [batch, K], the positions, past and new,
     whose keys and values come out; and position_ids [batch, sequence] where GroupQueryAttention
     counted cached tokens. All int64, ascending. One graph serves prefill and decode: in decode give
-    every row and every position, and let position_ids go on from the whole prompt's length.
+    every row and every position, and let position_ids go on from the whole prompt's length;
+    attention_mask covers what is cached and what is new.
 
     Keys and values need buffers of their own: with one buffer shared by past and present, as genai's
     past_present_share_buffer wants it, they cannot be pruned in the graph; use --keep-kv there.
