@@ -110,5 +110,5 @@ def passes_for_others(tiers: Sequence[int], kv_names: Sequence[str]) -> list[ir.
 
 
 # The oldest opset that has the operators which those passes put in: Squeeze with its axes as an input, and,
-# of KVPrune's body, ReduceProd likewise.
-SKIP_FFN_OPSET, SKIP_KV_OPSET = 13, 18
+# of KVPrune's body, Shape of some axes.
+SKIP_FFN_OPSET, SKIP_KV_OPSET = 13, 15

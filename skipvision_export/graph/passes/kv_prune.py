@@ -105,15 +105,17 @@ def kv_prune_function(opset: int) -> ir.Function:
         array = np.array(values[0] if scalar else values, np.int64)
         return t.op("Constant", [], {"value": ir.tensor(array)})
 
-    zero, one, minus_one = const(0), const(1), const(-1)
+    one, minus_one = const(1), const(-1)
     lead = t.op("Shape", [key], {"start": 0, "end": 2})  # [B, H]
     heads = t.op("Shape", [key], {"start": 1, "end": 2})
     length = t.op("Shape", [key], {"start": 2, "end": 3})
     size = t.op("Shape", [key], {"start": 3, "end": 4})
     batch = t.op("Shape", [key], {"start": 0, "end": 1})
     kept = t.op("Shape", [keep], {"start": 1, "end": 2})
-    count = t.op("ReduceProd", [lead, zero], {"keepdims": 0})
-    blocks = t.op("Range", [const(0, scalar=True), count, const(1, scalar=True)])  # b*H + h, [B*H]
+    count = t.op("Mul", [batch, heads])
+    blocks = t.op(
+        "Range", [const(0, scalar=True), t.op("Squeeze", [count]), const(1, scalar=True)]
+    )  # b*H + h
     starts = t.op("Mul", [blocks, length])
     lead_one = t.op("Concat", [batch, heads, one], {"axis": 0})
     starts = t.op("Reshape", [starts, lead_one], {"allowzero": 1})  # [B, H, 1]
@@ -122,7 +124,7 @@ def kv_prune_function(opset: int) -> ir.Function:
     flat_rows = t.op("Reshape", [rows, minus_one])
     out_shape = t.op("Concat", [lead, kept, size], {"axis": 0})
     # Not [-1, Dh]: with B, H or S = 0 a -1 could not be inferred.
-    total = t.op("Mul", [t.op("ReduceProd", [lead, zero], {"keepdims": 1}), length])
+    total = t.op("Mul", [count, length])
     flat_shape = t.op("Concat", [total, size], {"axis": 0})
     results = []
     for tensor, name in ((key, "pruned_key"), (value, "pruned_value")):
