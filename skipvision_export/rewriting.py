@@ -45,6 +45,7 @@ def rewrite_decoder(
     *,
     visual_tokens: int = 576,
     keep_kv: bool = False,
+    decode: str | Path | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress = lambda _: None,
@@ -61,6 +62,8 @@ def rewrite_decoder(
 
     One graph serves prefill and decode: in decode the caller gives every row and every position, and
     `position_ids` go on from the prompt's length before pruning, `attention_mask` covers what is cached.
+    decode: a second file, beside `out` and on the same weights, for decode alone: the graph as it was but
+    for `position_ids`, so that no step copies the cache (benchmarks/others_cpu.py).
     Present and past must be buffers of their own: in one shared buffer (genai's
     past_present_share_buffer) pruned keys and values have no place of their own.
 
@@ -75,24 +78,29 @@ def rewrite_decoder(
     from skipvision_export.graph.others import OthersDecoder
 
     decoder, out = Path(decoder), Path(out)
-    data = out.with_name(f"{out.name}_data")
+    files = [out, out.with_name(f"{out.name}_data")]
+    data = files[1].name
+    if decode is not None:
+        files.append(_beside(Path(decode), files, keep_kv))
     progress("reading the graph")
     proto = _read(decoder)
     check_external(proto, decoder.parent)
-    _check_out(decoder, proto, [out, data], force)
+    _check_out(decoder, proto, files, force)
     found = OthersDecoder(proto, decoder.parent)
     tiers, skipped = _tiers(config, found.num_layers, visual_tokens)
     before = {value.name for value in found.model.graph.inputs}
     progress("rewriting")
     rewritten = found.rewrite(tiers, keep_kv)
+    graphs = [rewritten] + ([found.decode()] if decode is not None else [])
     size = 0
     if not dry_run:
         progress("writing")
         with atomic_file(out, force) as scratch:
-            weights = copy_external(rewritten, decoder.parent, scratch / data.name, data.name)
-            if not weights:
-                (scratch / data.name).unlink()
-            size = weights + (scratch / out.name).write_bytes(rewritten.SerializeToString())
+            size = copy_external(graphs, decoder.parent, scratch / data, data)
+            if not size:
+                (scratch / data).unlink()
+            for graph, file in zip(graphs, [out, *files[2:]], strict=True):
+                size += (scratch / file.name).write_bytes(graph.SerializeToString())
     inputs = tuple(value.name for value in rewritten.graph.input if value.name not in before)
     kv_names = () if keep_kv else tuple(found.kv_names)
     return RewrittenDecoder(tuple(found.ffns), tiers, skipped, inputs, kv_names, found.opset, size)
@@ -113,6 +121,18 @@ def _read(file: Path) -> onnx.ModelProto:
     if not proto.graph.node:
         raise ModelError(f"{file} is no ONNX file, or its graph is empty")
     return proto
+
+
+def _beside(decode: Path, files: Sequence[Path], keep_kv: bool) -> Path:
+    """The file of the decode graph, checked."""
+    if keep_kv:
+        raise ConfigError(
+            "a decode graph is for pruned keys and values; with --keep-kv the graph as it was decodes"
+        )
+    place, taken = decode.resolve(), [file.resolve() for file in files]
+    if place.parent != taken[0].parent or place in taken:
+        raise OutputError(f"{decode} must be another file in the folder of {files[0]}: they share weights")
+    return decode
 
 
 def _check_out(decoder: Path, proto: onnx.ModelProto, files: Sequence[Path], force: bool) -> None:

@@ -163,15 +163,18 @@ class Decoder:
         feeds = {name: value for name, value in feeds.items() if name in self.inputs}
         return dict(zip(self.outputs, self.session.run(None, feeds), strict=True))
 
-    def generate(self, ids, steps: int, rows=None, keep=None, shift: int = 0):
-        """Greedy: ids and last logits [vocab] of each step; shift: what decode's positions are off by."""
+    def generate(self, ids, steps: int, rows=None, keep=None, shift: int = 0, decode: Decoder | None = None):
+        """Greedy: ids, last logits [vocab] of each step, and what prefill gave.
+
+        shift: what decode's positions are off by; decode: another graph for it.
+        """
         out = self.run(ids, rows=rows, keep=keep)
         prefill, tokens, logits = out, [], []
         for step in range(steps):
             logits.append(out["logits"][0, -1])
             tokens.append(int(logits[-1].argmax()))
             if step < steps - 1:
-                out = self.run([[tokens[-1]]], past=out, position=np.shape(ids)[1] + step + shift)
+                out = (decode or self).run([[tokens[-1]]], past=out, position=np.shape(ids)[1] + step + shift)
         return tokens, np.array(logits), prefill
 
 

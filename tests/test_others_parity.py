@@ -52,7 +52,7 @@ class Made:
     def __init__(self, kind, folder):
         self.file, self.llava = make(kind, folder)
         self.folder = folder
-        rewrite_decoder(self.file, folder / "skip.onnx")
+        rewrite_decoder(self.file, folder / "skip.onnx", decode=folder / "decode.onnx")
         rewrite_decoder(self.file, folder / "policy.onnx", POLICY, visual_tokens=VISUAL)
 
     def decoder(self, name=None):
@@ -131,6 +131,20 @@ def test_rows_skipped_equals_patched(name, config, made):
     assert found[0] == expected[0]
     assert found[2]["present.0.key"].shape[2] == keep.shape[1] < ids.shape[1]
     assert worst(found, expected) <= min(LIMIT, 4 * own)
+
+
+def test_a_graph_for_decode_alone(made):
+    """It takes no index, and positions as an input; on positions from the cache it is wrong."""
+    ids, words = prompt()
+    expected = in_pytorch(made.llava, SKIP, ids, words)
+    rows, keep = indices(ids, SKIP)
+    skip, decode = made.decoder("skip"), made.decoder("decode")
+    assert set(decode.inputs) == {*made.decoder().inputs, "position_ids"}
+    found = skip.generate(words, STEPS, rows, keep, decode=decode)
+    assert found[0] == expected[0]
+    assert worst(found, expected) <= LIMIT
+    restarted = skip.generate(words, STEPS, rows, keep, keep.shape[1] - ids.shape[1], decode)
+    assert np.abs(restarted[1] - expected[1]).max() > 100 * LIMIT
 
 
 def test_broken_twins_are_caught(made):

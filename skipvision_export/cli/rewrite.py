@@ -23,6 +23,10 @@ def rewrite(
     keep_kv: Annotated[
         bool, typer.Option("--keep-kv", help="Leave keys and values whole: Skip-FFN only.")
     ] = False,
+    decode: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write a graph for decode alone, in the same folder."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the output files.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what was found and prove it; write nothing.")
@@ -43,7 +47,8 @@ def rewrite(
     whose keys and values come out; and position_ids [batch, sequence] where GroupQueryAttention
     counted cached tokens. All int64, ascending. One graph serves prefill and decode: in decode give
     every row and every position, and let position_ids go on from the whole prompt's length;
-    attention_mask covers what is cached and what is new.
+    attention_mask covers what is cached and what is new. --decode writes a graph for decode alone, on the
+    same weights, that takes no index and copies no cache: faster, most of all in int4.
 
     Keys and values need buffers of their own: with one buffer shared by past and present, as genai's
     past_present_share_buffer wants it, they cannot be pruned in the graph; use --keep-kv there.
@@ -59,6 +64,7 @@ def rewrite(
         config,
         visual_tokens=visual_tokens,
         keep_kv=keep_kv,
+        decode=decode,
         force=force,
         dry_run=dry_run,
         progress=progress,

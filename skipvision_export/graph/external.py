@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -45,14 +45,14 @@ def check_external(proto: onnx.ModelProto, folder: Path) -> None:
             )
 
 
-def copy_external(proto: onnx.ModelProto, folder: Path, file: Path, name: str) -> int:
+def copy_external(protos: Sequence[onnx.ModelProto], folder: Path, file: Path, name: str) -> int:
     """Copy the bytes of all external tensors to `file`, a block at a time, and refer to them as `name`.
 
-    Tensors of the same bytes stay the same. Returns how many bytes there are.
+    What graphs, or tensors of one graph, share they go on sharing. Returns how many bytes there are.
     """
     spans: dict[tuple[str, int, int], int] = {}
     with file.open("wb") as out:
-        for tensor in external_tensors(proto):
+        for tensor in (tensor for proto in protos for tensor in external_tensors(proto)):
             info = ExternalDataInfo(tensor)
             source = folder / info.location
             start = info.offset or 0

@@ -21,6 +21,7 @@ import onnx_ir.passes.common as common
 from skipvision_export.errors import PassError
 from skipvision_export.graph.clean import clear_inferred_types
 from skipvision_export.graph.passes import SKIP_FFN_OPSET, SKIP_KV_OPSET, passes_for_others
+from skipvision_export.graph.passes.cached_positions import CachedPositionsPass
 from skipvision_export.graph.passes.names import FFN_INDEX, KV_KEEP_INDEX
 from skipvision_export.graph.passes.regions import Branch, is_product
 from skipvision_export.graph.passes.rowwise import rank
@@ -55,6 +56,7 @@ class OthersDecoder:
         if done is not None:
             raise PassError(f"rewritten already: the graph takes {done}; give the one that it was made of")
         _check_opset(self.opset, SKIP_FFN_OPSET, "Skip-FFN")
+        self._proto = proto
         self.model = ir.from_proto(_inferred(proto))
         ir.external_data.set_base_dir(self.model.graph, folder)
         common.InlinePass()(self.model)
@@ -75,6 +77,16 @@ class OthersDecoder:
     def num_layers(self) -> int:
         """Decoder layers, each with one FFN."""
         return len(self.ffns)
+
+    def decode(self) -> onnx.ModelProto:
+        """The graph as it was, for a cache whose keys and values were pruned: positions are an input.
+
+        Raises PassError as CachedPositionsPass does.
+        """
+        model = ir.from_proto(self._proto)
+        common.InlinePass()(model)
+        CachedPositionsPass()(model)
+        return ir.to_proto(model)
 
     def rewrite(self, tiers: Sequence[int], keep_kv: bool = False) -> onnx.ModelProto:
         """Skip-FFN by tier of each layer and, unless `keep_kv`, Skip-KV; once.

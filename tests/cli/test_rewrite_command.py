@@ -82,6 +82,17 @@ def test_beside_the_input(decoder, tmp_path):
         (decoder.parent / name).unlink()
 
 
+def test_two_graphs_share_the_weights(decoder, tmp_path, capsys):
+    assert rewrite(decoder, tmp_path / "out.onnx", "--decode", tmp_path / "decode.onnx") == 0
+    assert sorted(hashes(tmp_path)) == ["decode.onnx", "out.onnx", "out.onnx_data"]
+    assert (tmp_path / "out.onnx_data").stat().st_size < 1.2 * (decoder.parent / "w.bin").stat().st_size
+    onnx.checker.check_model(str(tmp_path / "decode.onnx"), full_check=True)
+    wrong = ("--decode", tmp_path / "elsewhere" / "decode.onnx", "--force")
+    refused(capsys, "must be another file in the folder of", decoder, tmp_path / "out.onnx", *wrong)
+    wrong = ("--decode", tmp_path / "new.onnx", "--force", "--keep-kv")
+    refused(capsys, "a decode graph is for pruned keys", decoder, tmp_path / "out.onnx", *wrong)
+
+
 def test_a_policy_and_whole_keys(decoder, tmp_path):
     policy = tmp_path / "policy.json"
     policy.write_text(json.dumps({"layer_shares": [0.75, 0.0, 0.5], "kv_share": 0.5}))
