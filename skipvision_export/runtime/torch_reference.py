@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from skipvision_export.method import SkipVisionState, apply_skip_vision, saved_s
 from skipvision_export.models.loading import ModelSource, load_model, load_processor
 from skipvision_export.runtime.generation import Transcript
 from skipvision_export.runtime.pipeline import eos_tokens
-from skipvision_export.runtime.prompt import PromptInputs, prepare
+from skipvision_export.runtime.prompt import Pictures, PromptInputs, prepare
 from skipvision_export.runtime.rounded import load_in_int4, load_rounded
 
 
@@ -51,10 +50,10 @@ class TorchReference:
             summary = summary.to(getattr(torch, weights_dtype or dtype)).to(self.model.dtype)
         self.summary = summary
 
-    def prepare(self, image: str | Path | Any, prompt: str) -> PromptInputs:
-        """Arrays of a picture and a prompt, with the model's own placeholders; raises InputError."""
+    def prepare(self, images: Pictures, prompt: str) -> PromptInputs:
+        """Arrays of pictures and a prompt, with the model's own placeholders; raises InputError."""
         visual = None if self.source.family.tiled else self.visual_tokens
-        return prepare(self.processor, image, prompt, visual)
+        return prepare(self.processor, images, prompt, visual)
 
     def decode_text(self, token_ids: list[int]) -> str:
         """Text of generated ids, special tokens left out."""
@@ -94,8 +93,11 @@ class TorchReference:
         [layout.total, D] that the decoder reads instead of its picture's own. Both only where patched.
         """
         ids = torch.from_numpy(inputs.input_ids)
-        sizes = inputs.image_sizes
-        tiles = {} if sizes is None else {"image_sizes": torch.from_numpy(sizes)}
+        pictures = {}
+        if len(inputs.pixel_values):
+            pictures["pixel_values"] = torch.from_numpy(inputs.pixel_values).to(self.model.dtype)
+        if inputs.image_sizes is not None:
+            pictures["image_sizes"] = torch.from_numpy(inputs.image_sizes)
         patch = None if config is None else apply_skip_vision(self.model, config, summary=self.summary)
         done = Transcript()
 
@@ -110,8 +112,7 @@ class TorchReference:
             out = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                pixel_values=torch.from_numpy(inputs.pixel_values).to(self.model.dtype),
-                **tiles,
+                **pictures,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 eos_token_id=list(self.eos) or None,
@@ -123,6 +124,7 @@ class TorchReference:
         done.token_ids = tokens
         done.logits = [step[0].float().numpy() for step in out.logits]
         done.prompt_tokens = ids.shape[1] if state is None else state.prompt_length
+        done.pictures = len(inputs.pixel_values)
         if state is not None and keep_features:
             assert state.order is not None
             done.order = state.order[0].tolist()
