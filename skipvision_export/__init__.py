@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from skipvision_export.config import SkipVisionConfig as SkipVisionConfig
     from skipvision_export.exporter import export as export
     from skipvision_export.method import apply_skip_vision as apply_skip_vision
+    from skipvision_export.rewriting import rewrite_decoder as rewrite_decoder
     from skipvision_export.runtime.pipeline import Bundle as Bundle
 
 __version__ = "0.1.0"
@@ -20,9 +21,10 @@ _WHERE = {
     "SkipVisionConfig": "skipvision_export.config",
     "apply_skip_vision": "skipvision_export.method",
     "export": "skipvision_export.exporter",
+    "rewrite_decoder": "skipvision_export.rewriting",
     "Bundle": "skipvision_export.runtime.pipeline",
 }
-__all__ = ["Bundle", "SkipVisionConfig", "apply_skip_vision", "export"]
+__all__ = ["Bundle", "SkipVisionConfig", "apply_skip_vision", "export", "rewrite_decoder"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,22 +15,26 @@ from skipvision_export.bundle import (
     Roles,
     SourceInfo,
     atomic_folder,
+    check_genai,
     check_output,
     check_reference,
     check_room,
     file_table,
+    write_genai,
     write_graphs,
 )
 from skipvision_export.config import SkipVisionConfig
 from skipvision_export.errors import ConfigError, ModelError
 from skipvision_export.graph.passes import PassContext
-from skipvision_export.graph.passes.names import DECODE, PREFILL
+from skipvision_export.graph.passes.names import DECODE, GENAI, ONNXRUNTIME, PREFILL
+from skipvision_export.layout import TokenLayout
 from skipvision_export.models.checkpoint import Checkpoint
 from skipvision_export.models.loading import (
     ModelSource,
     check_full,
     copy_companions,
     load_model,
+    load_processor,
     resolve_model,
 )
 from skipvision_export.models.reader import SourceReader
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
     from skipvision_export.runtime.pipeline import Bundle
 
 DTYPES = ("float32", "float16", "bfloat16")
+TARGETS = (ONNXRUNTIME, GENAI)
 _TOOLS = ("skipvision-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 
 Progress = Callable[[str], None]
@@ -64,9 +69,11 @@ class TracedModel:
         force: bool = False,
         weights: str | None = None,
         reference_weights: bool = False,
+        target: str = ONNXRUNTIME,
     ) -> Bundle:
         """Rewrite the graphs for `config` and write a bundle; atomic.
 
+        target: the runtime that it is for; genai gets what `write_genai` says beside the rest.
         weights: what the decoder's matrices become; None leaves them in the traced type.
         reference_weights: those of `trace_skeleton` that keep their type are linked, see `export`.
         """
@@ -78,7 +85,7 @@ class TracedModel:
         from skipvision_export.graph.trace import OPSET
         from skipvision_export.models.weights import pack
         from skipvision_export.runtime.chat import read_chat
-        from skipvision_export.runtime.pipeline import Bundle
+        from skipvision_export.runtime.pipeline import Bundle, eos_tokens
 
         check_output(out, force)
         kind = check_weights(weights, self.dtype, reference_weights)
@@ -86,7 +93,7 @@ class TracedModel:
         config = family.fitted(hf_config, config)
         dims = family.decoder_dims(hf_config)
         visual = family.visual_tokens(hf_config)
-        layout = family.layout(hf_config, config)
+        layout = check_target(self.source, config, self.dtype, target)
         context = PassContext(
             num_layers=dims.num_layers,
             vision_layers=family.vision_dims(hf_config).num_layers,
@@ -99,6 +106,7 @@ class TracedModel:
             # A link can only be to a matrix as it is stored.
             pack=None if reference_weights else PackProjectionsPass(pack),
             int4=Int4WeightsPass(quantize) if weights else None,
+            target=target,
         )
         rewritten = rewrite(self.trace, context)
         with atomic_folder(out, force) as folder:
@@ -106,10 +114,12 @@ class TracedModel:
             if reference_weights:
                 for model in models.values():
                     turn_in_graph(model)
-            shared = (PREFILL, DECODE, *rewritten.variants)
+            shared = tuple(name for name in models if name.split(".")[0] in (PREFILL, DECODE))
             reader = SourceReader(self.source.folder)
             written = write_graphs(models, folder, shared, "decoder.onnx_data", reader, reference_weights)
             copy_companions(self.source.folder, folder)
+            if target == GENAI:
+                write_genai(folder, self.source, eos_tokens(folder, load_processor(folder)))
             manifest = Manifest(
                 source=SourceInfo(
                     name=self.source.name,
@@ -179,6 +189,19 @@ def trace_skeleton(
     return TracedModel(source, None, steps, dtype)
 
 
+def check_target(source: ModelSource, config: SkipVisionConfig, dtype: str, target: str) -> TokenLayout:
+    """The layout of a configuration, where the runtime that a bundle is for can run it.
+
+    Raises ConfigError for a configuration that does not fit the model, or not the target.
+    """
+    if target not in TARGETS:
+        raise ConfigError(f"target {target!r} is not supported; supported: {', '.join(TARGETS)}")
+    layout = source.family.layout(source.config, config)
+    if target == GENAI:
+        check_genai(layout, source.family.tiled, dtype)
+    return layout
+
+
 def _check(source: ModelSource, dtype: str) -> Checkpoint:
     """What can be refused before the long part, such as a summary that does not fit."""
     if dtype not in DTYPES:
@@ -195,6 +218,7 @@ def export(
     dtype: str = "float32",
     weights: str | None = None,
     reference_weights: bool = False,
+    target: str = ONNXRUNTIME,
     force: bool = False,
     revision: str | None = None,
     progress: Progress = lambda _: None,
@@ -205,7 +229,8 @@ def export(
     makes the decoder's matrices MatMulNBits of ONNX Runtime; by default they are of `dtype`.
     reference_weights: weights that are of `dtype` already are not copied; the bundle holds hard links to
     the model's files, so it needs their file system, and must be exported again once they are changed
-    (moved or deleted they may be). What can be refused without the weights is refused before they load.
+    (moved or deleted they may be). target: "genai" adds what onnxruntime-genai needs to run a dense
+    bundle. What can be refused without the weights is refused before they load.
     Raises ModelError, ConfigError, OutputError and PassError.
     """
     from skipvision_export.graph.int4 import check_weights
@@ -218,14 +243,14 @@ def export(
     config = config or saved_config(source.folder)
     if config is None:
         raise ConfigError(f"{model} carries no configuration of its own; give one, such as a preset")
-    source.family.layout(source.config, config)
+    check_target(source, config, dtype, target)
     checkpoint = _check(source, dtype)
     if reference_weights:
         check_reference(checkpoint, dtype)
     check_room(checkpoint, dtype, out, reference_weights)
     traced = trace_skeleton(source, dtype, progress)
     progress("rewriting and writing")
-    return traced.write(out, config, force, weights, reference_weights)
+    return traced.write(out, config, force, weights, reference_weights, target)
 
 
 def _summary_weights(source: ModelSource) -> dict[str, Any]:

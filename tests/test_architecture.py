@@ -19,7 +19,7 @@ LAYERS = [
     {"config"},
     {"models", "method", "graph.passes", "validation"},
     {"bundle", "graph"},
-    {"runtime", "exporter", "training", "tensorrt"},
+    {"runtime", "exporter", "rewriting", "training", "tensorrt"},
     {"benchmark"},
     {"report", "calibration"},
     {"cli"},

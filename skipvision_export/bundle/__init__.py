@@ -1,5 +1,6 @@
 """The folder that export writes and every runtime reads: layout, manifest, hashes."""
 
+from skipvision_export.bundle.genai import GENAI_CONFIG, check_genai, write_genai
 from skipvision_export.bundle.graphs import load_graph, write_graphs
 from skipvision_export.bundle.manifest import (
     MANIFEST,
@@ -14,11 +15,18 @@ from skipvision_export.bundle.manifest import (
     file_table,
     sha256_of,
 )
-from skipvision_export.bundle.output import atomic_folder, check_output, check_output_file, write_text
+from skipvision_export.bundle.output import (
+    atomic_file,
+    atomic_folder,
+    check_output,
+    check_output_file,
+    write_text,
+)
 from skipvision_export.bundle.references import check_reference
 from skipvision_export.bundle.room import check_room
 
 __all__ = [
+    "GENAI_CONFIG",
     "MANIFEST",
     "GraphInfo",
     "Manifest",
@@ -28,7 +36,9 @@ __all__ = [
     "SourceInfo",
     "StrictModel",
     "VersionedModel",
+    "atomic_file",
     "atomic_folder",
+    "check_genai",
     "check_output",
     "check_output_file",
     "check_reference",
@@ -36,6 +46,7 @@ __all__ = [
     "file_table",
     "load_graph",
     "sha256_of",
+    "write_genai",
     "write_graphs",
     "write_text",
 ]

@@ -49,7 +49,8 @@ def write_graphs(
     """Save `graphs` as folder/onnx/NAME.onnx.
 
     Tensors of the graphs named in `shared` go to one file `data_name`, equal ones once; other graphs
-    hold their weights unless they are too large for a protobuf. source: where WeightTensors come from,
+    hold their weights unless they are too large for a protobuf, then they go to one file for a graph
+    and its forms (NAME.RUNTIME). source: where WeightTensors come from,
     in one pass. reference: those that are as they are stored stay there, linked. Raises ModelError for
     weights that are not finite, and OutputError where files cannot be linked.
     """
@@ -60,12 +61,15 @@ def write_graphs(
     with ExitStack() as stack:
         places: list[tuple[ir.Model, _DataFile | None]] = []
         common = stack.enter_context(_data_file(target / data_name, files))
+        own: dict[str, _DataFile] = {}
         for name, model in graphs.items():
             if name in shared:
                 places.append((model, common))
             elif _copied_bytes(model, links) > _MAX_INLINE_TOTAL:
-                own = stack.enter_context(_data_file(target / f"{name}.onnx_data", files))
-                places.append((model, own))
+                base = name.split(".")[0]
+                if base not in own:
+                    own[base] = stack.enter_context(_data_file(target / f"{base}.onnx_data", files))
+                places.append((model, own[base]))
             elif links is not None:
                 places.append((model, None))
         _externalize(places, source, links)

@@ -41,7 +41,29 @@ def atomic_folder(folder: Path, force: bool = False) -> Iterator[Path]:
     for a full disk or a folder that cannot be written.
     """
     check_output(folder, force)
-    target = folder.absolute()
+    with _scratch(folder) as scratch:
+        yield scratch
+        _replace(scratch, folder.absolute())
+
+
+@contextlib.contextmanager
+def atomic_file(file: Path, force: bool = False) -> Iterator[Path]:
+    """Yield a scratch folder for a file and what belongs beside it; they are moved to its folder at the end.
+
+    `file` itself comes last, so that what it refers to is there when it is. On any error nothing is
+    left. Raises OutputError as `atomic_folder` does.
+    """
+    check_output_file(file, force)
+    with _scratch(file) as scratch:
+        yield scratch
+        for made in sorted(scratch.iterdir(), key=lambda made: made.name == file.name):
+            os.replace(made, file.absolute().parent / made.name)
+
+
+@contextlib.contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """A folder beside `path`, gone at the end, as are the folders above it that are empty still."""
+    target = path.absolute()
     made: list[Path] = []
     scratch: Path | None = None
     try:
@@ -52,10 +74,8 @@ def atomic_folder(folder: Path, force: bool = False) -> Iterator[Path]:
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
         os.chmod(scratch, 0o777 & ~_umask())
         yield scratch
-        _replace(scratch, target)
-        scratch, made = None, []
     except OSError as error:
-        raise OutputError(_explain(folder, error)) from error
+        raise OutputError(_explain(path, error)) from error
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from skipvision_export.cli import build, bundle_commands, calibrate, demo, finetune, model_commands
+from skipvision_export.cli import build, bundle_commands, calibrate, demo, finetune, model_commands, rewrite
 from skipvision_export.errors import SkipVisionError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(model_commands.inspect)
 app.command()(model_commands.export)
+app.command()(rewrite.rewrite)
 app.command()(finetune.finetune)
 app.command()(calibrate.calibrate)
 app.command()(bundle_commands.validate)

@@ -198,7 +198,12 @@ def export(
             "them, on the same file system. MODEL may be moved or deleted, but not changed.",
         ),
     ] = False,
-    target: Annotated[str, typer.Option(help="What will run it: onnxruntime.")] = "onnxruntime",
+    target: Annotated[
+        str,
+        typer.Option(
+            help="What will run it: onnxruntime; genai adds what onnxruntime-genai wants of --dense."
+        ),
+    ] = "onnxruntime",
     revision: RevisionOption = None,
     force: ForceOption = False,
     dry_run: Annotated[
@@ -213,13 +218,11 @@ def export(
     Example: skipvision export llava-hf/llava-1.5-7b-hf -o bundle --preset skip-75
     """
     from skipvision_export.bundle import check_output, check_reference, check_room
-    from skipvision_export.exporter import DTYPES, trace_skeleton
+    from skipvision_export.exporter import DTYPES, check_target, trace_skeleton
     from skipvision_export.graph.int4 import check_weights
     from skipvision_export.method.saved import saved_config
     from skipvision_export.models.loading import check_full, resolve_model
 
-    if target != "onnxruntime":
-        raise ConfigError(f"target {target!r} is not supported; supported: onnxruntime")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     check_weights(weights, dtype, reference_weights)
@@ -237,7 +240,7 @@ def export(
         pass_through=pass_through,
         saved=saved_config(source.folder),
     )
-    layout = source.family.layout(source.config, config)
+    layout = check_target(source, config, dtype, target)
     checkpoint = check_full(source)
     if reference_weights:
         check_reference(checkpoint, dtype)
@@ -260,7 +263,7 @@ def export(
     else:
         progress = Progress()
         traced = trace_skeleton(source, dtype, progress)
-        bundle = traced.write(output, config, force, weights, reference_weights)
+        bundle = traced.write(output, config, force, weights, reference_weights, target)
         progress("")
         result["bytes"] = bundle.manifest.own_bytes
         result["referenced"] = bundle.manifest.referenced

@@ -17,7 +17,7 @@ from skipvision_export.config import SkipVisionConfig
 from skipvision_export.errors import ConfigError
 from skipvision_export.method.state import SkipVisionState
 from skipvision_export.method.summary import SummaryTokens
-from skipvision_export.models import ModelFamily, family_of
+from skipvision_export.models import ModelFamily, check_parts, family_of
 
 
 @contextmanager
@@ -50,6 +50,7 @@ def apply_skip_vision(
     family = family_of([type(model).__name__], "the model's class")
     hf_config: Any = model.config
     family.check(hf_config)
+    check_parts(family, model)
     config = family.fitted(hf_config, config)
     layout = family.layout(hf_config, config)
     if layout.summaries and summary is None:

@@ -12,8 +12,17 @@ from skipvision_export.models.registry import (
     ModelFamily,
     Sees,
     VisionDims,
+    check_parts,
     family_of,
     supported_architectures,
 )
 
-__all__ = ["DecoderDims", "ModelFamily", "Sees", "VisionDims", "family_of", "supported_architectures"]
+__all__ = [
+    "DecoderDims",
+    "ModelFamily",
+    "Sees",
+    "VisionDims",
+    "check_parts",
+    "family_of",
+    "supported_architectures",
+]

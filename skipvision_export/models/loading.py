@@ -14,7 +14,7 @@ from typing import Any
 
 from skipvision_export.errors import ModelError
 from skipvision_export.models.checkpoint import Checkpoint
-from skipvision_export.models.registry import ModelFamily, family_of
+from skipvision_export.models.registry import ModelFamily, check_parts, family_of
 
 # How NVIDIA ModelOpt and others name the scales beside a quantized weight.
 _QUANTIZED = re.compile(
@@ -124,6 +124,7 @@ def load_state(source: ModelSource, dtype: str, state: dict[str, Any] | None = N
         raise ModelError(
             f"the weights in {source.folder} lack {len(missing)} tensors, the first is {missing[0]}"
         )
+    check_parts(source.family, model)
     return model.eval()
 
 

@@ -236,6 +236,21 @@ def text_dims(text: Any) -> DecoderDims:
     )
 
 
+def check_parts(family: ModelFamily, model: nn.Module) -> None:
+    """Raise ModelError where a model lacks a part that its family knows, as after a change of its class."""
+    parts = (family.vision_tower, family.vision_layers, family.projector, family.language_model)
+    try:
+        for part in parts:
+            part(model)
+        for layer in family.decoder_layers(model):
+            family.ffn(layer)
+    except AttributeError as error:
+        raise ModelError(
+            f"{type(model).__name__} is not laid out as family {family.name!r} knows it: {error}; use a "
+            "version of transformers that this program was tested with"
+        ) from None
+
+
 _FAMILIES: dict[str, ModelFamily] = {}
 
 # Architectures in which there is nothing to skip, and why.

@@ -7,8 +7,8 @@ import pytest
 import torch
 from families import FAMILIES, text_config, write_gemma3
 from family_check import LIMIT, PARITY, SIZES, Subject, picture
-from tiny import tiny_config, tiny_model
-from transformers import Idefics3Config, PaliGemmaConfig
+from tiny import tiny_config, tiny_model, write_tiny
+from transformers import Idefics3Config, LlavaForConditionalGeneration, PaliGemmaConfig
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionConfig, Idefics3VisionEmbeddings
 
 from skipvision_export import SkipVisionConfig
@@ -88,6 +88,35 @@ def refused(tmp_path, config, message):
     tiny_model(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=re.escape(message)):
         resolve_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("where", "part"),
+    [
+        ("model", "language_model"),
+        ("model", "multi_modal_projector"),
+        ("model.language_model", "layers"),
+        ("model.language_model.layers.1", "mlp"),
+    ],
+)
+def test_a_changed_layout_is_refused_by_the_part_that_is_missing(where, part, monkeypatch, tmp_path, capsys):
+    """As a class of a later transformers may have it: the part has another name."""
+
+    class Moved(LlavaForConditionalGeneration):
+        @classmethod
+        def from_pretrained(cls, *args, **kwargs):
+            model, info = LlavaForConditionalGeneration.from_pretrained(*args, **kwargs)
+            owner = model.get_submodule(where)
+            owner.moved = getattr(owner, part)
+            delattr(owner, part)
+            return model, info
+
+    folder = write_tiny(tmp_path / "model")
+    monkeypatch.setattr("transformers.LlavaForConditionalGeneration", Moved)
+    assert run(["export", str(folder), "-o", str(tmp_path / "out"), "--dense"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipvision: ")]
+    assert len(lines) == 1
+    assert f"no attribute {part!r}" in lines[0] and "not laid out as family 'llava' knows it" in lines[0]
 
 
 def test_sliding_windows_are_refused(tmp_path):

@@ -5,11 +5,14 @@ Passes import onnx_ir and numpy only, so that they can be tested on any graph.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from skipvision_export.config import SkipVisionConfig
+from skipvision_export.graph.passes.cached_positions import CachedPositionsPass
+from skipvision_export.graph.passes.flat_features import FlatFeaturesPass
 from skipvision_export.graph.passes.grouped_prefill import GroupedPrefillPass
 from skipvision_export.graph.passes.grouped_rotary import GroupedRotaryPass
 from skipvision_export.graph.passes.half_rotary import HalfRotaryPass
@@ -17,7 +20,7 @@ from skipvision_export.graph.passes.int4_weights import Int4WeightsPass
 from skipvision_export.graph.passes.kv_prune import KVPrunePass
 from skipvision_export.graph.passes.last_layer import LastLayerPass
 from skipvision_export.graph.passes.lay_out import LayOutPass, Weights
-from skipvision_export.graph.passes.names import APPEND, DECODE, EMBED, PREFILL, VISION
+from skipvision_export.graph.passes.names import APPEND, DECODE, EMBED, GENAI, ONNXRUNTIME, PREFILL, VISION
 from skipvision_export.graph.passes.native_gqa import NativeGQAPass
 from skipvision_export.graph.passes.pack_projections import PackProjectionsPass
 from skipvision_export.graph.passes.shared_kv import SharedKVPass
@@ -36,6 +39,7 @@ class PassContext:
     max_positions: of a sequence, where the model names a limit.
     summary: weights of the summary tokens, see LayOutPass; empty where the layout has none. pack, int4: the
     passes that both decoder graphs go through, where projections are packed, and where weights become int4.
+    target: the runtime that the bundle is for.
     """
 
     num_layers: int
@@ -48,6 +52,7 @@ class PassContext:
     summary: Weights = field(default_factory=dict)
     pack: PackProjectionsPass | None = None
     int4: Int4WeightsPass | None = None
+    target: str = ONNXRUNTIME
 
 
 def passes_for(graph: str, context: PassContext) -> list[ir.passes.InPlacePass]:
@@ -90,8 +95,24 @@ def variants_for(graph: str, context: PassContext) -> dict[str, list[ir.passes.I
     A variant stands beside the graph, which every runtime can run, and shares its weights. It is left
     out where the first of its passes finds nothing to change. GroupedPrefill's operator is causal.
     """
-    forms: dict[str, list[ir.passes.InPlacePass]] = {
-        PREFILL: [GroupedPrefillPass()] if context.sees == "before" else [],
-        DECODE: [SharedKVPass(), GroupedRotaryPass(context.max_positions), SkipNormPass()],
+    forms: dict[str, dict[str, list[ir.passes.InPlacePass]]] = {
+        PREFILL: {ONNXRUNTIME: [GroupedPrefillPass()]} if context.sees == "before" else {},
+        DECODE: {ONNXRUNTIME: [SharedKVPass(), GroupedRotaryPass(context.max_positions), SkipNormPass()]},
     }
-    return {"onnxruntime": forms[graph]} if forms.get(graph) else {}
+    if context.target == GENAI:
+        forms |= {graph: {GENAI: [FlatFeaturesPass()]} for graph in (VISION, EMBED)}
+    return forms.get(graph, {})
+
+
+def passes_for_others(tiers: Sequence[int], kv_names: Sequence[str]) -> list[ir.passes.InPlacePass]:
+    """The passes of a decoder that another program exported, after SplitNormPass, in order.
+
+    tiers: see SkipFFNPass; kv_names: see KVPrunePass, none where keys and values stay whole.
+    """
+    kv = [CachedPositionsPass(), KVPrunePass(len(tiers), kv_names)] if kv_names else []
+    return [SkipFFNPass(tiers), *kv]
+
+
+# The oldest opset that has the operators which those passes put in: Squeeze with its axes as an input, and,
+# of KVPrune's body, Shape of some axes.
+SKIP_FFN_OPSET, SKIP_KV_OPSET = 13, 15

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
 from skipvision_export.errors import PassError
 from skipvision_export.graph.passes.matching import has_input, made_by, require
-from skipvision_export.graph.passes.names import DOMAIN, DOMAIN_VERSION, KV_KEEP_INDEX
+from skipvision_export.graph.passes.names import DOMAIN, DOMAIN_VERSION, KV_KEEP_INDEX, present_names
 
 OP = "KVPrune"
 
@@ -17,17 +19,17 @@ class KVPrunePass(ir.passes.InPlacePass):
     """Put one KVPrune node behind each layer's K and V.
 
     present.i.key and .value [B, H, S, Dh] become [B, H, K, Dh]: the positions of `kv_keep_index`
-    [B, K] int64, ascending in each row. Attention goes on reading the full K and V. The node has a
-    model-local function as its body, so that any ONNX runtime runs it, and names the TensorRT
-    plugin that replaces it where one is loaded.
+    [B, K] int64, ascending in each row; in a graph that takes a past S counts that and the new tokens.
+    Attention goes on reading the full K and V. The node has a model-local function as its body, so
+    that any ONNX runtime runs it, and names the TensorRT plugin that replaces it where one is loaded.
 
     Raises PassError where a layer lacks a key or value output.
     """
 
-    def __init__(self, num_layers: int) -> None:
-        """num_layers: decoder layers."""
+    def __init__(self, num_layers: int, names: Sequence[str] = ()) -> None:
+        """num_layers: decoder layers; names: of each K and V, by default `present.i.key`, `.value`."""
         super().__init__()
-        self.num_layers = num_layers
+        self.names = tuple(names) or tuple(present_names("present", num_layers))
 
     def requires(self, model: ir.Model) -> None:
         """Once."""
@@ -35,7 +37,7 @@ class KVPrunePass(ir.passes.InPlacePass):
 
     def ensures(self, model: ir.Model) -> None:
         """No layer gives its full K or V out."""
-        present = [value for value in model.graph.outputs if (value.name or "").startswith("present.")]
+        present = [value for value in model.graph.outputs if value.name in self.names]
         left = [value.name for value in present if made_by(value, OP) is None]
         if left:
             raise ir.passes.PostconditionError(f"{left[0]} is not pruned")
@@ -50,8 +52,7 @@ class KVPrunePass(ir.passes.InPlacePass):
         )
         graph.inputs.append(keep)
         outputs = {value.name: i for i, value in enumerate(graph.outputs)}
-        for layer in range(self.num_layers):
-            names = [f"present.{layer}.key", f"present.{layer}.value"]
+        for layer, names in enumerate(zip(self.names[::2], self.names[1::2], strict=True)):
             missing = [name for name in names if name not in outputs]
             if missing:
                 raise PassError(f"the prefill graph has no output {missing[0]}")
@@ -104,15 +105,17 @@ def kv_prune_function(opset: int) -> ir.Function:
         array = np.array(values[0] if scalar else values, np.int64)
         return t.op("Constant", [], {"value": ir.tensor(array)})
 
-    zero, one, minus_one = const(0), const(1), const(-1)
+    one, minus_one = const(1), const(-1)
     lead = t.op("Shape", [key], {"start": 0, "end": 2})  # [B, H]
     heads = t.op("Shape", [key], {"start": 1, "end": 2})
     length = t.op("Shape", [key], {"start": 2, "end": 3})
     size = t.op("Shape", [key], {"start": 3, "end": 4})
     batch = t.op("Shape", [key], {"start": 0, "end": 1})
     kept = t.op("Shape", [keep], {"start": 1, "end": 2})
-    count = t.op("ReduceProd", [lead, zero], {"keepdims": 0})
-    blocks = t.op("Range", [const(0, scalar=True), count, const(1, scalar=True)])  # b*H + h, [B*H]
+    count = t.op("Mul", [batch, heads])
+    blocks = t.op(
+        "Range", [const(0, scalar=True), t.op("Squeeze", [count]), const(1, scalar=True)]
+    )  # b*H + h
     starts = t.op("Mul", [blocks, length])
     lead_one = t.op("Concat", [batch, heads, one], {"axis": 0})
     starts = t.op("Reshape", [starts, lead_one], {"allowzero": 1})  # [B, H, 1]
@@ -121,7 +124,7 @@ def kv_prune_function(opset: int) -> ir.Function:
     flat_rows = t.op("Reshape", [rows, minus_one])
     out_shape = t.op("Concat", [lead, kept, size], {"axis": 0})
     # Not [-1, Dh]: with B, H or S = 0 a -1 could not be inferred.
-    total = t.op("Mul", [t.op("ReduceProd", [lead, zero], {"keepdims": 1}), length])
+    total = t.op("Mul", [count, length])
     flat_shape = t.op("Concat", [total, size], {"axis": 0})
     results = []
     for tensor, name in ((key, "pruned_key"), (value, "pruned_value")):

@@ -11,13 +11,21 @@ APPEND = f"{PREFILL}.append"
 
 FFN_INDEX = "ffn_index"
 KV_KEEP_INDEX = "kv_keep_index"
+# What a decoder takes its tokens as, ours the first of them.
+TOKEN_INPUTS = ("inputs_embeds", "input_ids")
+POSITION_IDS = "position_ids"
 # Only in bundles with strict masking.
 IMAGE_INDEX = "image_index"
 
+# What the vision encoder gives and embeddings take.
+IMAGE_FEATURES = "image_features"
 # Inside the vision encoder, where tokens are laid out: the features before that.
 RASTER_FEATURES = "image_features.raster"
 # And there the chosen order of the tokens, [N, V] int64, where it depends on the picture.
 TOKEN_ORDER = "image_features.order"
+
+# Runtimes that some graphs have a form of their own for: `GRAPH.RUNTIME`.
+ONNXRUNTIME, GENAI = "onnxruntime", "genai"
 
 # The project's operator domain and its version.
 DOMAIN = "skipvision"

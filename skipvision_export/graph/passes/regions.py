@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from posixpath import commonpath
 
 import onnx_ir as ir
+
+from skipvision_export.graph.passes.names import CONTRIB_DOMAIN
 
 
 @dataclass(frozen=True)
@@ -17,11 +20,21 @@ class Branch:
 
     @property
     def scope(self) -> str:
-        """Module path that the tracer left on the branch, such as `decoder.layers.3.mlp`."""
-        for node in self.nodes:
-            if node.op_type == "MatMul" and node.metadata_props.get("name_scopes"):
+        """Where the branch stands: `decoder.layers.3.mlp` or, in others' graphs, `/model/layers.3/mlp`.
+
+        The module path that our tracer left, what the names of the products have in common where they
+        are paths, or the last product's name.
+        """
+        products = [node for node in self.nodes if is_product(node)]
+        for node in products:
+            if node.metadata_props.get("name_scopes"):
                 return module_path(node)
-        return self.add.name or "an unnamed node"
+        names = [node.name or "" for node in products]
+        if len(names) > 1 and all(name.startswith("/") for name in names):
+            common = commonpath(names)
+            if common.strip("/"):
+                return common
+        return next(filter(None, reversed([*names, self.add.name])), "an unnamed node")
 
 
 def module_path(node: ir.Node) -> str:
@@ -32,13 +45,22 @@ def module_path(node: ir.Node) -> str:
 
 
 # What stands between a stored weight and the product that reads it in a quantized model.
-_OF_WEIGHTS = frozenset(("QuantizeLinear", "DequantizeLinear", "Transpose", "Cast"))
+_OF_WEIGHTS = frozenset(("QuantizeLinear", "DequantizeLinear", "Transpose", "Cast", "Identity"))
+# Products of tokens and a matrix; of the last the matrix is packed to a few bits.
+_PRODUCTS = (("", "MatMul"), ("", "Gemm"), (CONTRIB_DOMAIN, "MatMulNBits"))
+
+
+def is_product(node: ir.Node) -> bool:
+    """A product by constant weights, whole or packed."""
+    return (node.domain, node.op_type) in _PRODUCTS and any(
+        value is not None and is_constant(value) for value in node.inputs
+    )
 
 
 def is_constant(value: ir.Value) -> bool:
     """An initializer that is no graph input, the output of a Constant node, or a weight made of those.
 
-    Such a weight goes through QuantizeLinear and DequantizeLinear, Transpose and Cast only.
+    Such a weight goes through QuantizeLinear, DequantizeLinear, Transpose, Cast and Identity only.
     """
     if value.is_initializer():
         return not value.is_graph_input()

@@ -1,8 +1,9 @@
 """Proof that a region of a graph acts on each token alone.
 
-A value is "row-wise" if it is [B, S, ...] (axis 0 batch, axis 1 tokens, rank 3) and its row (b, s)
-is a function of row (b, s) of the region's input only. Every node's rule either derives that for
-its outputs or raises; there is no default that lets an unknown operator through.
+A value is "row-wise" if it is [B, S, F] (axis 0 batch, axis 1 tokens) and its row (b, s) is a function
+of row (b, s) of the region's input only; or the same flattened to [B*S, F], as a Gemm wants it. Every
+node's rule either derives that for its outputs or raises; there is no default that lets an unknown
+operator through.
 
 Static quantization of activations acts on each number alone, so QuantizeLinear and DequantizeLinear
 pass with scales that are constants; DynamicQuantizeLinear, whose scale is that of all tokens, does not.
@@ -11,12 +12,15 @@ pass with scales that are constants; DynamicQuantizeLinear, whose scale is that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from skipvision_export.errors import PassError
 from skipvision_export.graph.passes.matching import constant_ints
+from skipvision_export.graph.passes.names import CONTRIB_DOMAIN
 from skipvision_export.graph.passes.regions import is_constant
+from skipvision_export.graph.passes.sizes import Sizes, UnknownSizesError, follow, reshaped, sizes_of
 
 RANK = 3
 
@@ -33,22 +37,42 @@ class _NotRowwiseError(Exception):
     """Why one node mixes tokens, or cannot be shown not to."""
 
 
+@dataclass
+class _Known:
+    """What is proved so far: the rank of each row-wise value, and the sizes that some values hold."""
+
+    ranks: dict[ir.Value, int]
+    sizes: dict[ir.Value, Sizes] = field(default_factory=dict)
+
+    def __contains__(self, value: ir.Value | None) -> bool:
+        return value in self.ranks
+
+    def rank(self, node: ir.Node) -> int:
+        """Of a node's row-wise inputs; they must agree."""
+        ranks = {self.ranks[value] for value in node.inputs if value is not None and value in self.ranks}
+        if len(ranks) != 1:
+            raise _NotRowwiseError("joins tokens [B, S, F] and rows [B*S, F]" if ranks else "reads no tokens")
+        return ranks.pop()
+
+
+# Proves a node's outputs row-wise, raises, or says what else they are in `known`.
+_Rule = Callable[[ir.Node, _Known], None]
+
+
 def prove_rowwise(nodes: Iterable[ir.Node], source: ir.Value, what: str) -> None:
     """Check a region in topological order; `source` is its only non-constant input.
 
     Raises PassError that names `what`, the node and the reason.
     """
-    rowwise = {source}
+    known = _Known({source: RANK})
     for node in nodes:
         try:
-            rule = _rule(node)
-            rule(node, rowwise)
-        except _NotRowwiseError as reason:
+            _prove(node, known)
+        except (_NotRowwiseError, UnknownSizesError) as reason:
             raise PassError(
                 f"{what} cannot be split: node {node.name} ({node.op_type}) {reason}; only operators "
                 "that act on each token alone may stand between the norm and the residual add"
             ) from None
-        rowwise.update(node.outputs)
 
 
 def is_rowwise(node: ir.Node) -> bool:
@@ -56,11 +80,25 @@ def is_rowwise(node: ir.Node) -> bool:
     sources = {value for value in node.inputs if value is not None and not is_constant(value)}
     if any(rank(value) != RANK for value in sources):
         return False
+    known = _Known(dict.fromkeys(sources, RANK))
     try:
-        _rule(node)(node, sources)
-    except _NotRowwiseError:
+        _prove(node, known)
+    except (_NotRowwiseError, UnknownSizesError):
         return False
-    return True
+    return all(known.ranks.get(value) == RANK for value in node.outputs)
+
+
+def _prove(node: ir.Node, known: _Known) -> None:
+    tokens = any(value in known for value in node.inputs)
+    if any(value in known.sizes for value in node.inputs):
+        if not tokens:
+            known.sizes[node.outputs[0]] = follow(node, known.sizes)
+            return
+        if node.op_type != "Reshape":
+            raise _NotRowwiseError("computes with the number of tokens")
+    _rule(node)(node, known)
+    if not any(value in known.sizes or value in known for value in node.outputs):
+        known.ranks.update(dict.fromkeys(node.outputs, known.rank(node)))
 
 
 def rank(value: ir.Value) -> int | None:
@@ -73,11 +111,9 @@ def rank(value: ir.Value) -> int | None:
     return rank(source) if follows and source is not None else None
 
 
-def _rule(node: ir.Node) -> Callable[[ir.Node, set[ir.Value]], None]:
+def _rule(node: ir.Node) -> _Rule:
     kind = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
-    if kind in _UNARY:
-        return _elementwise
-    if kind in _NARY:
+    if kind in _UNARY or kind in _NARY:
         return _elementwise
     if kind in _REDUCE:
         return _reduce
@@ -86,66 +122,88 @@ def _rule(node: ir.Node) -> Callable[[ir.Node, set[ir.Value]], None]:
     raise _NotRowwiseError("is not known to act on each token alone")
 
 
-def _elementwise(node: ir.Node, rowwise: set[ir.Value]) -> None:
+def _elementwise(node: ir.Node, known: _Known) -> None:
     for value in node.inputs:
-        if value is None or value in rowwise:
-            continue
-        shape = _constant_shape(value)
-        # Aligned from the right, a constant must not vary along batch or tokens.
-        if len(shape) > RANK or any(size != 1 for size in shape[: max(0, len(shape) - 1)]):
-            raise _NotRowwiseError(f"broadcasts {value.name} of shape {shape} along the tokens")
+        if value is not None and value not in known:
+            _broadcast(node, known, value)
 
 
-def _matmul(node: ir.Node, rowwise: set[ir.Value]) -> None:
+def _broadcast(node: ir.Node, known: _Known, value: ir.Value) -> None:
+    """Aligned from the right, a constant must not vary along batch or tokens."""
+    shape = _constant_shape(value)
+    if len(shape) > known.rank(node) or any(size != 1 for size in shape[: max(0, len(shape) - 1)]):
+        raise _NotRowwiseError(f"broadcasts {value.name} of shape {shape} along the tokens")
+
+
+def _matmul(node: ir.Node, known: _Known) -> None:
     left, right = node.inputs[0], node.inputs[1]
-    if left not in rowwise:
+    if left not in known:
         raise _NotRowwiseError("multiplies from the left, which mixes tokens")
     assert right is not None
-    if right in rowwise or len(_constant_shape(right)) != 2:
+    if right in known or len(_constant_shape(right)) != 2:
         raise _NotRowwiseError(f"has no constant matrix as its second input, but {right.name}")
 
 
-def _norm(node: ir.Node, rowwise: set[ir.Value]) -> None:
-    _last_axis(node, node.attributes.get_int("axis", -1))
+def _gemm(node: ir.Node, known: _Known) -> None:
+    if node.attributes.get_int("transA", 0):
+        raise _NotRowwiseError("turns the tokens around")
+    _matmul(node, known)
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        _broadcast(node, known, node.inputs[2])
+
+
+def _matmul_packed(node: ir.Node, known: _Known) -> None:
+    """MatMulNBits: each row by a constant matrix, its own activations quantized where they are at all."""
+    if node.inputs[0] not in known:
+        raise _NotRowwiseError("multiplies something else than the tokens")
+    for value in node.inputs[1:]:
+        if value is not None and not is_constant(value):
+            raise _NotRowwiseError(f"has no constant matrix, but {value.name}")
+
+
+def _norm(node: ir.Node, known: _Known) -> None:
+    _last_axis(node, known, node.attributes.get_int("axis", -1))
     if len(node.outputs) > 1:
         raise _NotRowwiseError("has statistics outputs")
-    _elementwise(node, rowwise)
+    _elementwise(node, known)
 
 
-def _softmax(node: ir.Node, rowwise: set[ir.Value]) -> None:
-    _last_axis(node, node.attributes.get_int("axis", -1))
+def _softmax(node: ir.Node, known: _Known) -> None:
+    _last_axis(node, known, node.attributes.get_int("axis", -1))
 
 
-def _split(node: ir.Node, rowwise: set[ir.Value]) -> None:
-    _last_axis(node, node.attributes.get_int("axis", 0))
+def _split(node: ir.Node, known: _Known) -> None:
+    _last_axis(node, known, node.attributes.get_int("axis", 0))
 
 
-def _concat(node: ir.Node, rowwise: set[ir.Value]) -> None:
-    _last_axis(node, node.attributes.get_int("axis", 0))
-    if any(value not in rowwise for value in node.inputs):
+def _concat(node: ir.Node, known: _Known) -> None:
+    _last_axis(node, known, node.attributes.get_int("axis", 0))
+    if any(value not in known for value in node.inputs):
         raise _NotRowwiseError("joins a constant, whose number of tokens is fixed")
 
 
-def _slice(node: ir.Node, rowwise: set[ir.Value]) -> None:
+def _slice(node: ir.Node, known: _Known) -> None:
     if len(node.inputs) < 4 or node.inputs[3] is None:
         raise _NotRowwiseError("slices from the first axis on")
     for axis in _constant(node.inputs[3]):
-        _last_axis(node, axis)
+        _last_axis(node, known, axis)
 
 
-def _reduce(node: ir.Node, rowwise: set[ir.Value]) -> None:
+def _reduce(node: ir.Node, known: _Known) -> None:
     if not node.attributes.get_int("keepdims", 1):
         raise _NotRowwiseError("drops an axis")
-    axes = node.inputs[1] if len(node.inputs) > 1 else None
-    if axes is None:
+    given = node.inputs[1] if len(node.inputs) > 1 else None
+    # An attribute up to opset 17, an input since.
+    axes = _constant(given) if given is not None else node.attributes.get_ints("axes", None)
+    if not axes:
         raise _NotRowwiseError("reduces all axes")
-    for axis in _constant(axes):
-        _last_axis(node, axis)
+    for axis in axes:
+        _last_axis(node, known, axis)
 
 
-def _quantize(node: ir.Node, rowwise: set[ir.Value]) -> None:
+def _quantize(node: ir.Node, known: _Known) -> None:
     """Static scales: one number, or one for each feature; the same for every token."""
-    if node.inputs[0] not in rowwise:
+    if node.inputs[0] not in known:
         raise _NotRowwiseError("quantizes something else than the tokens")
     for value in node.inputs[1:]:
         if value is None:
@@ -159,17 +217,40 @@ def _quantize(node: ir.Node, rowwise: set[ir.Value]) -> None:
         if len(shape) > 1:
             raise _NotRowwiseError(f"takes {value.name} of shape {shape}: blocks of an activation")
         if shape and shape != [1]:
-            _last_axis(node, node.attributes.get_int("axis", 1))
+            _last_axis(node, known, node.attributes.get_int("axis", 1))
 
 
-def _dynamic(node: ir.Node, rowwise: set[ir.Value]) -> None:
+def _shape(node: ir.Node, known: _Known) -> None:
+    value = node.inputs[0]
+    assert value is not None
+    sizes = sizes_of(known.rank(node), value)
+    start = node.attributes.get_int("start", 0)
+    known.sizes[node.outputs[0]] = sizes[start : node.attributes.get_int("end", len(sizes))]
+
+
+def _reshape(node: ir.Node, known: _Known) -> None:
+    tokens, target = node.inputs[0], node.inputs[1]
+    assert tokens is not None and target is not None
+    if tokens not in known:
+        raise _NotRowwiseError("reshapes something else than the tokens")
+    sizes = known.sizes[target] if target in known.sizes else tuple(_constant(target))
+    copies_zero = not node.attributes.get_int("allowzero", 0)
+    rank = reshaped(sizes_of(known.ranks[tokens], tokens), sizes, copies_zero)
+    known.ranks[node.outputs[0]] = rank
+
+
+def _dynamic(node: ir.Node, known: _Known) -> None:
     raise _NotRowwiseError(
         "computes one scale from all tokens, which mixes them; quantize with static scales"
     )
 
 
-_RULES: dict[str, Callable[[ir.Node, set[ir.Value]], None]] = {
+_RULES: dict[str, _Rule] = {
     "MatMul": _matmul,
+    "Gemm": _gemm,
+    f"{CONTRIB_DOMAIN}::MatMulNBits": _matmul_packed,
+    "Shape": _shape,
+    "Reshape": _reshape,
     "LayerNormalization": _norm,
     "RMSNormalization": _norm,
     "SimplifiedLayerNormalization": _norm,
@@ -181,11 +262,15 @@ _RULES: dict[str, Callable[[ir.Node, set[ir.Value]], None]] = {
     "QuantizeLinear": _quantize,
     "DequantizeLinear": _quantize,
     "DynamicQuantizeLinear": _dynamic,
+    f"{CONTRIB_DOMAIN}::DynamicQuantizeMatMul": _dynamic,
+    **dict.fromkeys(
+        (f"{CONTRIB_DOMAIN}::{kind}" for kind in ("Gelu", "FastGelu", "QuickGelu", "BiasGelu")), _elementwise
+    ),
 }
 
 
-def _last_axis(node: ir.Node, axis: int) -> None:
-    if axis not in (-1, RANK - 1):
+def _last_axis(node: ir.Node, known: _Known, axis: int) -> None:
+    if axis not in (-1, known.rank(node) - 1):
         raise _NotRowwiseError(f"works along axis {axis}, not along the features")
 
 

@@ -10,8 +10,8 @@ from onnx_ir import tape
 
 from skipvision_export.errors import PassError
 from skipvision_export.graph.passes.matching import has_input, require
-from skipvision_export.graph.passes.names import FFN_INDEX, ffn_dim_name, ffn_index_name
-from skipvision_export.graph.passes.regions import Branch, is_constant, residual_branches
+from skipvision_export.graph.passes.names import FFN_INDEX, TOKEN_INPUTS, ffn_dim_name, ffn_index_name
+from skipvision_export.graph.passes.regions import Branch, is_product, residual_branches
 from skipvision_export.graph.passes.rowwise import RANK, prove_rowwise
 
 
@@ -66,16 +66,16 @@ class SkipFFNPass(ir.passes.InPlacePass):
                 f"found {len(ffns)} FFNs in a decoder of {len(self.tiers)} layers: "
                 f"{', '.join(ffn.scope for ffn in ffns)}"
             )
-        embeds = next(v for v in graph.inputs if v.name == "inputs_embeds")
+        tokens = token_input(graph)
         split = [(ffn, tier) for ffn, tier in zip(ffns, self.tiers, strict=True) if tier]
         for ffn, _ in split:
-            _check_trunk(ffn, embeds)
+            _check_trunk(ffn, tokens)
             prove_rowwise(ffn.nodes, ffn.trunk, f"the FFN {ffn.scope}")
             _check_closed(ffn, graph)
         indices = {tier: _index_input(graph, tier) for tier in sorted({tier for _, tier in split})}
         for ffn, tier in split:
-            if _is_last_row(ffn):
-                _choose(graph, ffn, indices[tier][0], embeds)
+            if is_one_row(ffn, tokens):
+                _choose(graph, ffn, indices[tier][0], tokens)
             else:
                 _split(graph, ffn, *indices[tier])
         self.count = len(split)
@@ -83,24 +83,33 @@ class SkipFFNPass(ir.passes.InPlacePass):
 
 
 def find_ffns(graph: ir.Graph) -> list[Branch]:
-    """Residual branches with at least one MatMul or Gemm by constant weights."""
-
-    def has_weights(node: ir.Node) -> bool:
-        return node.op_type in ("MatMul", "Gemm") and any(
-            v is not None and is_constant(v) for v in node.inputs
-        )
-
-    return [b for b in residual_branches(graph) if any(map(has_weights, b.nodes))]
+    """Residual branches with at least one product by constant weights."""
+    return [b for b in residual_branches(graph) if any(map(is_product, b.nodes))]
 
 
-def _check_trunk(ffn: Branch, embeds: ir.Value) -> None:
+def token_input(graph: ir.Graph) -> ir.Value:
+    """What the decoder takes its tokens as: embedded [B, S, D] or as ids [B, S]; raises PassError."""
+    inputs = {value.name: value for value in graph.inputs}
+    for name in TOKEN_INPUTS:
+        if name in inputs:
+            return inputs[name]
+    raise PassError(f"no decoder: the graph takes neither {' nor '.join(TOKEN_INPUTS)}")
+
+
+def _check_trunk(ffn: Branch, tokens: ir.Value) -> None:
     """The row gather flattens [B, S, D]; the residual stream must have that shape."""
-    shape, want = ffn.trunk.shape, embeds.shape
-    sizes = [] if shape is None or want is None else [list(want), [want[0], 1, want[2]]]
-    if shape is None or len(shape) != RANK or list(shape) not in sizes:
+    shape, want = ffn.trunk.shape, tokens.shape
+    lead = None if want is None or len(want) < 2 else [*want[:2]]
+    if shape is None or any(isinstance(size, ir.SymbolicDim) and size.value is None for size in shape):
+        raise PassError(
+            f"the FFN {ffn.scope} cannot be split: the shape of its input {ffn.trunk.name} is not known; "
+            "give a graph with value_info, as shape inference leaves it"
+        )
+    whole = lead is not None and [*shape[:2]] in (lead, [lead[0], 1])
+    if len(shape) != RANK or not whole or not isinstance(shape[2], int):
         raise PassError(
             f"the FFN {ffn.scope} cannot be split: its input {ffn.trunk.name} has shape {shape}, not "
-            f"[batch, sequence, features] of inputs_embeds ({want})"
+            f"[batch, sequence, features] of {tokens.name} ({want})"
         )
 
 
@@ -173,11 +182,13 @@ def _split(graph: ir.Graph, ffn: Branch, index: ir.Value, column: ir.Value) -> N
     graph.insert_after(add, after.nodes)
 
 
-def _is_last_row(ffn: Branch) -> bool:
-    return ffn.trunk.shape is not None and ffn.trunk.shape[1] == 1
+def is_one_row(ffn: Branch, tokens: ir.Value) -> bool:
+    """Does an FFN get one position of each sequence, of several that the decoder takes?"""
+    whole, own = tokens.shape, ffn.trunk.shape
+    return whole is not None and own is not None and own[1] == 1 and whole[1] != 1
 
 
-def _choose(graph: ir.Graph, ffn: Branch, index: ir.Value, embeds: ir.Value) -> None:
+def _choose(graph: ir.Graph, ffn: Branch, index: ir.Value, tokens: ir.Value) -> None:
     """Keep the FFN's sum where the index [M] names the last row of a sequence."""
     out = ffn.add.outputs[0]
     t = tape.Tape()
@@ -187,8 +198,8 @@ def _choose(graph: ir.Graph, ffn: Branch, index: ir.Value, embeds: ir.Value) -> 
         return t.op("Constant", [], {"value": ir.tensor(array)})
 
     zero = const(0, scalar=True)
-    batch = t.op("Squeeze", [t.op("Shape", [embeds], {"start": 0, "end": 1})])
-    length = t.op("Shape", [embeds], {"start": 1, "end": 2})
+    batch = t.op("Squeeze", [t.op("Shape", [tokens], {"start": 0, "end": 1})])
+    length = t.op("Shape", [tokens], {"start": 1, "end": 2})
     order = t.op("Range", [zero, batch, const(1, scalar=True)])
     last = t.op("Sub", [t.op("Add", [t.op("Mul", [order, length]), length]), const(1)])  # [B]
     same = t.op("Equal", [t.op("Unsqueeze", [last, const(1)]), index])  # [B, M]

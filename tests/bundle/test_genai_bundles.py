@@ -1,0 +1,160 @@
+"""Dense bundles in onnxruntime-genai: every step's logits are Hugging Face's, broken twins are not."""
+
+import json
+import shutil
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from skipvision_export import SkipVisionConfig
+from skipvision_export.errors import ConfigError
+from skipvision_export.exporter import trace_model
+from skipvision_export.runtime.rounded import load_in_int4
+
+LIMIT, STEPS, IMAGE, VISUAL = 1e-4, 12, 3, 64
+DENSE = SkipVisionConfig.dense()
+
+
+@pytest.fixture(scope="module")
+def folder(traced, tmp_path_factory):
+    return traced.write(tmp_path_factory.mktemp("genai") / "dense", DENSE, target="genai").folder
+
+
+def prompt(pictures):
+    """Ids with a run of placeholders for each picture, and pixels [N, 3, 96, 96] or None."""
+    rng = np.random.default_rng(pictures)
+    words = rng.integers(4, 280, 20)
+    parts = [words[:5]]
+    for at in range(pictures):
+        parts += [np.full(VISUAL, IMAGE), words[5 + 4 * at : 9 + 4 * at]]
+    ids = np.concatenate([*parts, words[-6:]])
+    return ids, rng.standard_normal((pictures, 3, 96, 96)).astype(np.float32) if pictures else None
+
+
+def in_genai(folder, ids, pixels, steps=STEPS):
+    """Logits [STEPS, vocab] and ids; tensors of the picture as Hugging Face's processor makes them."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    model = genai.Model(str(folder))
+    params = genai.GeneratorParams(model)
+    params.set_search_options(max_length=len(ids) + steps)
+    generator = genai.Generator(model, params)
+    tensors = genai.NamedTensors()
+    tensors["input_ids"] = ids[None].astype(np.int32)
+    if pixels is not None:
+        tensors["pixel_values"] = pixels
+        tensors["num_image_tokens"] = np.array([(ids == IMAGE).sum()])
+    generator.set_inputs(tensors)
+    logits = []
+    for _ in range(steps):
+        logits.append(np.array(generator.get_logits()).reshape(-1))
+        generator.generate_next_token()
+    return np.array(logits), list(generator.get_sequence(0))[len(ids) :]
+
+
+def in_pytorch(model, ids, pixels):
+    given = {} if pixels is None else {"pixel_values": torch.from_numpy(pixels)}
+    out = model.generate(
+        input_ids=torch.from_numpy(ids)[None],
+        attention_mask=torch.ones((1, len(ids)), dtype=torch.int64),
+        **given,
+        max_new_tokens=STEPS,
+        do_sample=False,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return np.array([step[0].numpy() for step in out.logits]), out.sequences[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("pictures", [0, 1, 2])
+def test_genai_answers_as_hugging_face(pictures, folder, traced):
+    ids, pixels = prompt(pictures)
+    found, expected = in_genai(folder, ids, pixels), in_pytorch(traced.model, ids, pixels)
+    assert found[1] == expected[1]
+    assert np.abs(found[0] - expected[0]).max() <= LIMIT
+
+
+def test_int4(traced, tmp_path):
+    bundle = traced.write(tmp_path / "int4", DENSE, weights="int4", target="genai")
+    ids, pixels = prompt(1)
+    found = in_genai(bundle.folder, ids, pixels)
+    expected = in_pytorch(load_in_int4(traced.source, "float32"), ids, pixels)
+    full = in_pytorch(traced.model, ids, pixels)
+    # Activations in 8 bits; far from it are the full weights.
+    error = np.abs(found[0][0] - expected[0][0]).max()
+    assert error < 0.2 * np.abs(found[0][0] - full[0][0]).max()
+
+
+def strided_positions(graph):
+    positions = next(value for value in graph.inputs if value.name == "position_ids")
+    users = [(use.node, use.idx) for use in positions.uses()]
+    twice = ir.node("Add", [positions, positions])
+    for node, at in users:
+        node.replace_input_with(at, twice.outputs[0])
+    graph.insert_before(graph[0], twice)
+
+
+def swapped_rows(graph):
+    """The features come in another order."""
+    flat = next(value for value in graph.inputs if value.name == "image_features")
+    users = [(use.node, use.idx) for use in flat.uses()]
+    index = ir.Value(name="twin.index", const_value=ir.tensor(np.roll(np.arange(VISUAL), 1)))
+    graph.register_initializer(index)
+    rolled = ir.node("Gather", [flat, index])
+    for node, at in users:
+        node.replace_input_with(at, rolled.outputs[0])
+    graph.insert_before(graph[0], rolled)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"), [("decoder_decode", strided_positions), ("embed_tokens.genai", swapped_rows)]
+)
+def test_broken_twins_are_caught(name, damage, folder, traced, tmp_path):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    file = broken / "onnx" / f"{name}.onnx"
+    model = ir.load(file)
+    damage(model.graph)
+    ir.save(model, file)
+    ids, pixels = prompt(1)
+    # The first step alone: decode gets no rows that could be swapped.
+    found, expected = in_genai(broken, ids, pixels, 1)[0], in_pytorch(traced.model, ids, pixels)[0][:1]
+    assert np.abs(found - expected).max() > 100 * LIMIT
+
+
+def test_large_graphs_share_their_weights_with_their_forms(traced, tmp_path, monkeypatch):
+    monkeypatch.setattr("skipvision_export.bundle.graphs._MAX_INLINE_TOTAL", 0)
+    folder = traced.write(tmp_path / "large", DENSE, target="genai").folder
+    names = {file.name for file in (folder / "onnx").glob("*.onnx_data")}
+    assert names == {"decoder.onnx_data", "vision_encoder.onnx_data", "embed_tokens.onnx_data"}
+    assert (folder / "onnx" / "vision_encoder.genai.onnx").stat().st_size < 100_000
+    ids, pixels = prompt(1)
+    assert np.abs(in_genai(folder, ids, pixels)[0] - in_pytorch(traced.model, ids, pixels)[0]).max() <= LIMIT
+
+
+def test_what_is_written(folder, dense_folder):
+    """Beside a dense bundle's own files, all of them in the manifest."""
+    more = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    more -= {str(p.relative_to(dense_folder)) for p in dense_folder.rglob("*") if p.is_file()}
+    assert more == {"genai_config.json", "onnx/vision_encoder.genai.onnx", "onnx/embed_tokens.genai.onnx"}
+    assert more <= set(json.loads((folder / "skipvision.json").read_text())["files"])
+    model = json.loads((folder / "genai_config.json").read_text())["model"]
+    for part in ("decoder", "embedding", "vision"):
+        assert (folder / model[part]["filename"]).is_file()
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "message"),
+    [
+        (SkipVisionConfig.preset("skip-75"), "float32", "dense exports only.*positions count"),
+        (DENSE, "bfloat16", "no CPU kernels for bfloat16"),
+    ],
+)
+def test_what_genai_cannot_run_is_refused(config, dtype, message, traced, tmp_path):
+    source = trace_model(traced.source, dtype) if dtype != "float32" else traced
+    with pytest.raises(ConfigError, match=message):
+        source.write(tmp_path / "out", config, target="genai")
+    with pytest.raises(ConfigError, match="supported: onnxruntime, genai"):
+        traced.write(tmp_path / "out", DENSE, target="tensorrt")
+    assert not (tmp_path / "out").exists()
