@@ -4,12 +4,11 @@ The graph's own error, that of the decoder as it was exported against dense PyTo
 one may have against patched PyTorch.
 """
 
-import os
-
 import numpy as np
 import pytest
 import torch
 from families import TEXT, text_config
+from full import only_in_full
 from others import (
     Decoder,
     genai_decoder,
@@ -226,7 +225,7 @@ def test_int4_with_activations_in_8_bits(tmp_path):
 
 
 # What genai's builder makes of other text models of tests/families.py: norms, activations and biases differ.
-@pytest.mark.skipif(not os.environ.get("SKIPVISION_ALL_FAMILIES"), reason="some seconds more")
+@only_in_full
 @pytest.mark.parametrize("text", [name for name in TEXT if name != "llama"])
 def test_other_text_models(text, tmp_path):
     config = tiny_config()

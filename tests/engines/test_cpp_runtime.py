@@ -10,6 +10,7 @@ import pytest
 from conftest import EXAMPLE
 from cpp_build import SOURCE, alter, ask, call, configure_and_build, questions, request_lines, run
 from cpp_inputs import TEXTS, random_pictures, random_texts, trained_tokenizer
+from full import FULL, only_in_full
 from PIL import Image
 from tiny import write_tiny
 from transformers import CLIPImageProcessorPil
@@ -20,6 +21,7 @@ from skipvision_export.models.loading import resolve_model
 from skipvision_export.runtime.pipeline import Bundle
 
 N = int(os.environ.get("SKIPVISION_CPP_QUESTIONS", "12"))
+KINDS = ["skip", "dense", "strict", "int4", "referenced"]
 PICTURE = EXAMPLE / "test" / "000.png"
 QUESTION = "which digit is in the bottom right?"
 
@@ -35,7 +37,7 @@ def texts_of(printed):
     return [json.loads(line)["text"] for line in printed.splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["skip", "dense", "strict", "int4", "referenced"])
+@pytest.mark.parametrize("kind", KINDS if FULL else KINDS[:4])
 def test_answers_are_pythons(kind, build, request):
     folder = request.getfixturevalue(f"{kind}_bundle")
     lines = request_lines(N)
@@ -62,6 +64,7 @@ def test_another_layout_is_noticed(skip_bundle, build, tmp_path):
     assert len(texts_of(right)) == len(texts_of(wrong)) == 40
 
 
+@only_in_full
 def test_float16(example_in, build, tmp_path):
     folder = example_in("float16")
     found, _ = generate(build, folder, tmp_path / "a.json")
@@ -207,6 +210,11 @@ def test_tokens_are_hugging_faces(kind, probe, tmp_path):
         assert "".join(pieces) == tokenizer.decode(own, skip_special_tokens=True).strip(), own
 
 
+def test_unit_tests(build):
+    assert "passed" in call(build / "tests" / "skipvision-unit")
+
+
+@only_in_full
 def test_unit_tests_under_sanitizers(library):
     options = ("-DCMAKE_BUILD_TYPE=Debug", "-DSKIPVISION_SANITIZE=address,undefined")
     folder = library.parent.parent / "sanitized"

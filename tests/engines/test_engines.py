@@ -8,6 +8,7 @@ import shutil
 import onnx
 import pytest
 from conftest import EXAMPLE
+from full import only_in_full
 from tiny import tiny_config, tiny_processor
 
 from skipvision_export import SkipVisionConfig, export
@@ -69,6 +70,7 @@ def test_every_kind_of_configuration_builds(traced, config, tmp_path):
     assert made.engines[PREFILL].plugin_layers == 3
 
 
+@only_in_full
 def test_llava_layers_build(tmp_path):
     """Two layers of LLaVA-1.5-7B's shapes in float16: 405 M parameters, random."""
     import torch

@@ -1,12 +1,12 @@
 """Every family, vision tower and text model: exported graphs against PyTorch, and broken twins."""
 
-import os
 import re
 
 import pytest
 import torch
 from families import FAMILIES, text_config, write_gemma3
 from family_check import LIMIT, PARITY, SIZES, Subject, picture
+from full import FULL
 from tiny import tiny_config, tiny_model, write_tiny
 from transformers import Idefics3Config, LlavaForConditionalGeneration, PaliGemmaConfig
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionConfig, Idefics3VisionEmbeddings
@@ -20,9 +20,8 @@ from skipvision_export.tensorrt.build import plan
 from skipvision_export.tensorrt.recipe import ProfileSettings, Recipe
 
 # By default those that differ most, for a few steps; all of them, for twelve, take ten minutes.
-EVERY = bool(os.environ.get("SKIPVISION_ALL_FAMILIES"))
-STEPS = 13 if EVERY else 4  # one of prefill, the others of decode
-NAMES = FAMILIES if EVERY else ("llava_onevision", "internvl", "idefics3", "paligemma", "gemma3")
+STEPS = 13 if FULL else 4  # one of prefill, the others of decode
+NAMES = FAMILIES if FULL else ("llava_onevision", "internvl", "idefics3", "paligemma", "gemma3")
 
 
 @pytest.fixture(scope="module", params=NAMES)
