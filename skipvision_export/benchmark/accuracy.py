@@ -75,27 +75,28 @@ class BundleAnswerer:
     def __init__(self, bundle: Bundle, max_new_tokens: int = 32, batch: int = 1) -> None:
         """max_new_tokens: where an answer is cut; batch: questions that are answered in one run."""
         self.bundle, self.max_new_tokens, self.batch = bundle, max_new_tokens, batch
-        self._features: dict[Path, np.ndarray] = {}
+        self._features: dict[tuple[Path, ...], np.ndarray] = {}
 
     def answers(self, samples: Sequence[Sample]) -> Iterator[str]:
         """Greedy answers."""
         for first in range(0, len(samples), self.batch):
             asked = samples[first : first + self.batch]
-            inputs = [self.bundle.prepare(sample.image, sample.question) for sample in asked]
-            features = self._encode([sample.image for sample in asked], inputs)
+            inputs = [self.bundle.prepare(sample.images, sample.question) for sample in asked]
+            features = self._encode([sample.images for sample in asked], inputs)
             for done in self.bundle.run_batch(inputs, self.max_new_tokens, features=features):
                 yield self.bundle.decode_text(done.token_ids)
 
-    def _encode(self, images: Sequence[Path], inputs: Sequence[PromptInputs]) -> np.ndarray:
-        """Features [B, V, D] of these pictures, those of the last call not encoded again."""
+    def _encode(self, asked: Sequence[tuple[Path, ...]], inputs: Sequence[PromptInputs]) -> np.ndarray | None:
+        """Features [N, V, D] of all questions' pictures, those of the last call not encoded again."""
         generator, known = self.bundle.generator, self._features
-        self._features = {image: known[image] for image in images if image in known}
-        for image, own in zip(images, inputs, strict=True):
-            if image not in self._features:
+        self._features = {images: known[images] for images in asked if images in known}
+        for images, own in zip(asked, inputs, strict=True):
+            if images and images not in self._features:
                 encoded = generator.encode(own.pixel_values)
                 # A copy: the backend's memory may be gone with its tensor.
-                self._features[image] = generator.backend.numpy(encoded).copy()
-        return np.concatenate([self._features[image] for image in images])
+                self._features[images] = generator.backend.numpy(encoded).copy()
+        found = [self._features[images] for images in asked if images]
+        return np.concatenate(found) if found else None
 
 
 class TorchAnswerer:
@@ -111,7 +112,7 @@ class TorchAnswerer:
     def answers(self, samples: Sequence[Sample]) -> Iterator[str]:
         """Greedy answers."""
         for sample in samples:
-            inputs = self.reference.prepare(sample.image, sample.question)
+            inputs = self.reference.prepare(sample.images, sample.question)
             done, _ = self.reference.run(inputs, self.max_new_tokens, self.config)
             yield self.reference.decode_text(done.token_ids)
 

@@ -24,7 +24,7 @@ from skipvision_export.cli.common import (
     si,
 )
 from skipvision_export.config import SkipVisionConfig
-from skipvision_export.errors import BundleError, CheckFailed, ConfigError, InputError
+from skipvision_export.errors import BundleError, CheckFailed, ConfigError
 
 if TYPE_CHECKING:
     from skipvision_export.validation import Gap
@@ -156,7 +156,7 @@ def generate(
     bundle: BundleArgument,
     prompt: Annotated[str, typer.Option(help="A question, or a whole prompt with its placeholder.")],
     image: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="The picture; exactly one.")
+        list[Path] | None, typer.Option(metavar="FILE", help="A picture; again for each more, in order.")
     ] = None,
     max_new_tokens: NewTokens = 64,
     threads: ThreadsOption = 0,
@@ -164,17 +164,16 @@ def generate(
     plugin: PluginOption = None,
     json: JsonOption = None,
 ) -> None:
-    """Answer a question about a picture, greedily.
+    """Answer a question about a picture, about several, or without any, greedily.
 
     Example: skipvision generate bundle --image photo.png --prompt "What is in the picture?"
+
+    Pictures come before the question, unless the prompt says where: --prompt "USER: <image> or <image>?"
     """
     from skipvision_export.runtime.pipeline import Bundle
 
-    images = image or []
-    if len(images) != 1:
-        raise InputError(f"got {len(images)} pictures, expected exactly one: --image FILE")
     loaded = Bundle.load(bundle, **backend_options(engines, plugin, threads))
-    answer = loaded.generate(images[0], prompt, max_new_tokens)
+    answer = loaded.generate(image, prompt, max_new_tokens)
     print(answer.text)
     finish(answer.to_json(), json)
 

@@ -27,8 +27,9 @@ def rewrite(trace: Trace, context: PassContext) -> Rewritten:
     Raises PassError where a pass refuses a graph.
     """
     result = Rewritten(trace.clone().graphs)
-    # Decode's trace is that of any number of tokens behind a cache.
-    result.variants[APPEND] = trace.graphs[DECODE].clone()
+    # Decode's trace is that of any number of tokens behind a cache. What sees its whole prompt has no parts.
+    if context.sees != "prompt":
+        result.variants[APPEND] = trace.graphs[DECODE].clone()
     # Prefill first: the others share the weights that PackProjections makes there.
     every = result.graphs | result.variants
     for name, model in sorted(every.items(), key=lambda item: item[0] != PREFILL):

@@ -41,8 +41,8 @@ class VisionEncoder(nn.Module):
 class EmbedTokens(nn.Module):
     """input_ids [B, S], image_features [N, V, D] -> inputs_embeds [B, S, D].
 
-    The i-th placeholder of the batch takes the i-th feature row. N may be 0: then there is nothing
-    to take, and decode uses the same graph.
+    The i-th placeholder of the batch takes the i-th feature row; one past the last row is a token as any
+    other, such as one that was generated. N may be 0, and decode uses the same graph.
     """
 
     def __init__(self, model: nn.Module, image_token: int) -> None:
@@ -59,10 +59,15 @@ class EmbedTokens(nn.Module):
         embeds = self.embed(input_ids.masked_fill(is_image, 0) if self.outside else input_ids)
         rows = image_features.flatten(0, 1)
         rows = torch.cat([rows, rows.new_zeros(1, rows.shape[-1])])
-        index = is_image.flatten().to(torch.int64).cumsum(0) - 1
-        index = torch.where(is_image.flatten(), index, rows.shape[0] - 1)
-        features = rows[index].unflatten(0, (input_ids.shape[0], input_ids.shape[1]))
-        return torch.where(is_image.unsqueeze(-1), features, embeds)
+        last = rows.shape[0] - 1
+        is_image = is_image.flatten()
+        index = is_image.to(torch.int64).cumsum(0) - 1
+        takes = is_image & (index < last)
+        features = rows[torch.where(takes, index, last)].unflatten(
+            0, (input_ids.shape[0], input_ids.shape[1])
+        )
+        takes = takes.unflatten(0, (input_ids.shape[0], input_ids.shape[1]))
+        return torch.where(takes.unsqueeze(-1), features, embeds)
 
 
 class Decoder(nn.Module):

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from skipvision_export.bundle import Manifest
 from skipvision_export.errors import InputError
 from skipvision_export.graph.passes.names import (
+    APPEND,
     EMBED,
     IMAGE_INDEX,
     KV_KEEP_INDEX,
@@ -32,6 +33,9 @@ class Backend(Protocol):
     """What runs the graphs: named arrays in, named tensors out, of a kind that run() takes again."""
 
     name: str
+
+    def has(self, graph: str) -> bool:
+        """Can it run this graph?"""
 
     def run(self, graph: str, feeds: dict[str, Any]) -> dict[str, Any]:
         """Run one graph."""
@@ -66,6 +70,7 @@ class Transcript:
     raster: npt.NDArray[np.float32] | None = None
     laid: npt.NDArray[np.float32] | None = None
     order: list[list[int]] = field(default_factory=list)
+    pictures: int = 0
     prompt_tokens: int = 0
     kv_tokens_after_prefill: int = 0
     vision_ms: float = 0.0
@@ -81,6 +86,31 @@ class Transcript:
     def decode_ms_per_token(self) -> float:
         """Median over decode steps; 0 where there was none."""
         return float(np.median(self.decode_ms)) if self.decode_ms else 0.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How a generation goes on, and what of it is kept in its transcript.
+
+    eos: tokens that end it, and are its last ones; choose: the next token of logits [vocab].
+    """
+
+    max_new_tokens: int
+    eos: Sequence[int] = ()
+    choose: Choose = lambda logits: int(logits.argmax())
+    keep_logits: bool = False
+    keep_kv: bool = False
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a part of a prompt comes behind: the first `cached` positions of a cache, and how many positions
+    there were in all, those of dropped tokens included.
+    """
+
+    cache: KVCache
+    cached: int
+    positions: int
 
 
 class Generator:
@@ -116,6 +146,11 @@ class Generator:
         """The same, and [B, K], which of the positions that stay count."""
         if isinstance(prompts, np.ndarray):
             prompts = PromptBatch(prompts, np.zeros(len(prompts), np.int64))
+        feeds, kept = self._feeds(prompts, features)
+        return self.backend.run(PREFILL, feeds), kept
+
+    def _feeds(self, prompts: PromptBatch, features: Any) -> tuple[dict[str, Any], Flags]:
+        """Inputs of a prefill without a cache before it, and [B, K], which of the kept positions count."""
         indices = prefill_indices(prompts, self.image_token, self.layout)
         feeds = {
             "inputs_embeds": self.embed(prompts.input_ids, features),
@@ -126,7 +161,7 @@ class Generator:
         }
         if IMAGE_INDEX in self._inputs:
             feeds[IMAGE_INDEX] = image_index(prompts, self.image_token, self.layout)
-        return self.backend.run(PREFILL, feeds), indices.kv_mask
+        return feeds, indices.kv_mask
 
     def decode(self, token: int | Ints, position: int | Ints, cache: KVCache) -> Any:
         """One step of every row of a cache -> logits.
@@ -150,7 +185,7 @@ class Generator:
         features: Any = None,
         **options: Any,
     ) -> Transcript:
-        """One prompt [1, S]; give pixel_values or features; options: those of generate_batch."""
+        """One prompt [1, S]; give pixel_values or features; options: those of Limits."""
         pixels = [] if pixel_values is None else [pixel_values]
         return self.generate_batch([input_ids], pixels, features=features, **options)[0]
 
@@ -159,50 +194,103 @@ class Generator:
         prompts: Sequence[Ints],
         pixel_values: Sequence[npt.NDArray[np.float32]],
         *,
-        max_new_tokens: int,
-        eos: Sequence[int] = (),
-        choose: Choose = lambda logits: int(logits.argmax()),
         features: Any = None,
-        keep_logits: bool = False,
-        keep_kv: bool = False,
+        **options: Any,
     ) -> list[Transcript]:
         """Generate for prompts [1, S] in one prefill, and one decode step for the next token of all.
 
-        pixel_values: of each prompt; or give features, those of all. Each goes on until an end token or
-        `max_new_tokens`; times are those of the batch. Raises InputError for more positions than the model
-        has.
+        pixel_values: of each prompt, [0, ...] where it has no picture; or give features, those of all.
+        options: those of Limits. Times are those of the batch. Raises InputError for more positions than
+        the model has.
         """
-        batch = PromptBatch.join(prompts, self.image_token)
-        self._check_room(int(batch.lengths.max()), max_new_tokens)
-        done = [Transcript(prompt_tokens=int(length)) for length in batch.lengths]
+        batch, limits = PromptBatch.join(prompts, self.image_token), Limits(**options)
+        self._check_room(int(batch.lengths.max()), limits.max_new_tokens)
+        done = [self._begun(ids) for ids in prompts]
         start = time.perf_counter()
         if features is None:
             features = self._encode_all(pixel_values)
         encoded = time.perf_counter()
         out, kept = self.prefill_cache(batch, features)
+        self._go_on(done, out, kept, batch.lengths, limits, start, encoded)
+        return done
+
+    def turn(
+        self,
+        input_ids: Ints,
+        pixel_values: npt.NDArray[np.float32],
+        before: Before | None = None,
+        **options: Any,
+    ) -> tuple[Transcript, KVCache]:
+        """Generate for tokens [1, S], with pictures or without, that come first or behind others.
+
+        before: what they come behind; options: those of Limits. Returns the cache too, which holds all but
+        the last generated token. Raises InputError for more positions than the model has.
+        """
+        batch, limits = PromptBatch.join([input_ids], self.image_token), Limits(**options)
+        positions = batch.lengths + (before.positions if before else 0)
+        self._check_room(int(positions[0]), limits.max_new_tokens)
+        done, start = [self._begun(input_ids)], time.perf_counter()
+        features = self._encode_all([pixel_values])
+        encoded = time.perf_counter()
+        out, kept = self.append(batch, features, before) if before else self.prefill_cache(batch, features)
+        cache = self._go_on(done, out, kept, positions, limits, start, encoded)
+        return done[0], cache or self.backend.cache(out, kept)
+
+    def append(self, prompt: PromptBatch, features: Any, before: Before) -> tuple[dict[str, Any], Flags]:
+        """The outputs of prefill for one more part of a prompt, and [1, K], which of its positions count."""
+        feeds, counts = self._feeds(prompt, features)
+        cached = before.cached
+        feeds["attention_mask"] = np.ones((1, cached + prompt.input_ids.shape[1]), np.int64)
+        feeds["position_ids"] = feeds["position_ids"] + before.positions
+        first = np.arange(cached, dtype=np.int64)[None]
+        feeds[KV_KEEP_INDEX] = np.concatenate([first, feeds[KV_KEEP_INDEX] + cached], 1)
+        out = self.backend.run(APPEND, feeds | before.cache.past(cached))
+        return out, np.pad(counts, ((0, 0), (cached, 0)), constant_values=True)
+
+    def _begun(self, input_ids: Ints) -> Transcript:
+        pictures = int((input_ids == self.image_token).sum()) // self.layout.total
+        return Transcript(prompt_tokens=input_ids.shape[1], pictures=pictures)
+
+    def _go_on(
+        self,
+        done: list[Transcript],
+        out: dict[str, Any],
+        kept: Flags,
+        positions: Ints,
+        limits: Limits,
+        start: float,
+        encoded: float,
+    ) -> KVCache | None:
+        """Decode behind what prefill gave for each row; returns the cache, None where no step was needed.
+
+        kept: [B, K], which of its positions count; positions: [B], of the next token; start, encoded: when
+        the pictures were taken up, and were done.
+        """
         logits = self._logits(out["logits"])
         prefilled = time.perf_counter()
         for row, own in enumerate(done):
             own.vision_ms, own.prefill_ms = (encoded - start) * 1e3, (prefilled - encoded) * 1e3
             own.kv_tokens_after_prefill = int(kept[row].sum())
-            if keep_kv:
+            if limits.keep_kv:
                 own.kv = [self.backend.numpy(out[name])[row][:, kept[row]] for name in self._present]
         # Decode goes on from each prompt's length, not from the cache's.
-        positions, tokens = batch.lengths, np.zeros(len(done), np.int64)
+        tokens = np.zeros(len(done), np.int64)
         running = list(range(len(done)))
         cache = None
         while True:
             for row in running:
-                tokens[row] = choose(logits[row])
+                tokens[row] = limits.choose(logits[row])
                 done[row].token_ids.append(int(tokens[row]))
-                if keep_logits:
+                if limits.keep_logits:
                     done[row].logits.append(logits[row])
             # A row that has ended stays, and feeds its last token on.
             running = [
-                row for row in running if tokens[row] not in eos and len(done[row].token_ids) < max_new_tokens
+                row
+                for row in running
+                if tokens[row] not in limits.eos and len(done[row].token_ids) < limits.max_new_tokens
             ]
             if not running:
-                return done
+                return cache
             start = time.perf_counter()
             cache = cache or self.backend.cache(out, kept)
             logits = self._logits(self.decode(tokens, positions, cache))
@@ -223,6 +311,9 @@ class Generator:
 
     def _encode_all(self, pixel_values: Sequence[npt.NDArray[np.float32]]) -> Any:
         """Features of all prompts' pictures in their order, in one run where they have one size."""
+        pixel_values = [pixels for pixels in pixel_values if len(pixels)]
+        if not pixel_values:
+            return None
         if len({pixels.shape[1:] for pixels in pixel_values}) == 1:
             return self.encode(np.concatenate(pixel_values))
         return np.concatenate([self.backend.numpy(self.encode(pixels)) for pixels in pixel_values])

@@ -30,6 +30,9 @@ class KVCache(Protocol):
     def step(self, feeds: dict[str, Any]) -> Any:
         """Run decode on inputs_embeds, attention_mask and position_ids; returns the logits."""
 
+    def past(self, length: int) -> dict[str, Any]:
+        """The first `length` positions, [B, H, length, Dh], by the names of a graph's inputs."""
+
 
 class JoinedCache:
     """Decode joins past and new K/V into new tensors each step, in whatever holds the backend's tensors."""
@@ -48,6 +51,12 @@ class JoinedCache:
         """attention_mask [B, length + 1] of the next step."""
         new = self.length + 1 - self._kept.shape[1]
         return np.pad(self._kept.astype(np.int64), ((0, 0), (0, new)), constant_values=1)
+
+    def past(self, length: int) -> dict[str, Any]:
+        """The first `length` positions, [B, H, length, Dh], by the names of a graph's inputs."""
+        if length == self.length:
+            return self._feeds
+        return {name: self._backend.numpy(value)[:, :, :length] for name, value in self._feeds.items()}
 
     def _keep(self, out: dict[str, Any]) -> None:
         self._feeds = {past: out[name] for past, name in _names(out)}
@@ -95,6 +104,10 @@ class SharedCache:
         """attention_mask [B, length + 1] of the next step, of which the graph takes the sums."""
         places = np.arange(self.length + 1) >= self._lacking[:, None]
         return places.astype(np.int64)
+
+    def past(self, length: int) -> dict[str, Any]:
+        """The first `length` positions, [B, H, length, Dh], by the names of a graph's inputs."""
+        return {past: self._arrays[name][:, :, :length] for past, name in self._names}
 
     def _grow(self) -> None:
         import onnxruntime as ort

@@ -97,6 +97,10 @@ class OrtBackend:
             self._weights.give(options, file)
         return options
 
+    def has(self, graph: str) -> bool:
+        """Can it run this graph?"""
+        return graph in self.graphs
+
     def run(self, graph: str, feeds: dict[str, Any]) -> dict[str, Any]:
         """Run one graph on numpy arrays or OrtValues; returns OrtValues by output name."""
         # The form of prefill for this runtime takes prompts without padding.

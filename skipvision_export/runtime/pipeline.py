@@ -9,20 +9,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from skipvision_export.bundle import Manifest
 from skipvision_export.config import SkipVisionConfig
 from skipvision_export.errors import InputError
 from skipvision_export.models.loading import load_processor
+from skipvision_export.runtime.conversation import Conversation
 from skipvision_export.runtime.generation import Generator, Transcript
 from skipvision_export.runtime.ort import OrtBackend
-from skipvision_export.runtime.prompt import PromptInputs, prepare, resize_placeholders
+from skipvision_export.runtime.prompt import Pictures, PromptInputs, prepare, resize_placeholders
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The result of `generate`; times in milliseconds."""
+    """The result of `generate`; times in milliseconds, tokens of all pictures together."""
 
     text: str
     token_ids: list[int]
@@ -95,12 +94,20 @@ class Bundle:
         """End tokens: generation_config.json's, else config.json's, else the tokenizer's."""
         return eos_tokens(self.folder, self.processor)
 
-    def prepare(self, image: str | Path | Image.Image, prompt: str) -> PromptInputs:
-        """Arrays of a picture and a prompt, with the layout's placeholders; raises InputError."""
+    def prepare(self, images: Pictures, prompt: str) -> PromptInputs:
+        """Arrays of pictures and a prompt, with the layout's placeholders; raises InputError."""
+        return self.resized(prepare(self.processor, images, prompt, self.visual_tokens))
+
+    @property
+    def visual_tokens(self) -> int | None:
+        """Of a picture; None where it varies."""
         model = self.manifest.model
-        visual = None if model.tiled else model.visual_tokens
-        inputs = prepare(self.processor, image, prompt, visual)
-        return resize_placeholders(inputs, model.image_token_id, visual, self.manifest.layout.total)
+        return None if model.tiled else model.visual_tokens
+
+    def resized(self, inputs: PromptInputs) -> PromptInputs:
+        """The same with the layout's placeholders; raises InputError."""
+        total, token = self.manifest.layout.total, self.manifest.model.image_token_id
+        return resize_placeholders(inputs, token, self.visual_tokens, total)
 
     def run(self, inputs: PromptInputs, max_new_tokens: int = 64, **options: Any) -> Transcript:
         """Generate from arrays; options: those of Generator.generate."""
@@ -129,21 +136,25 @@ class Bundle:
         text: str = self.processor.tokenizer.decode(token_ids, skip_special_tokens=True)
         return text.strip()
 
-    def generate(self, image: str | Path | Image.Image, prompt: str, max_new_tokens: int = 64) -> Answer:
-        """Answer a prompt about one picture, greedily.
+    def generate(self, image: Pictures, prompt: str, max_new_tokens: int = 64) -> Answer:
+        """Answer a prompt about a picture, several (in the order of their places) or none (None), greedily.
 
         Raises InputError for a picture or prompt that cannot be used.
         """
-        return self._answer(self.run(self.prepare(image, prompt), max_new_tokens))
+        return self.answer(self.run(self.prepare(image, prompt), max_new_tokens))
+
+    def conversation(self) -> Conversation:
+        """An empty conversation, for several turns."""
+        return Conversation(self)
 
     def generate_batch(
         self,
-        requests: Sequence[tuple[str | Path | Image.Image, str]],
+        requests: Sequence[tuple[Pictures, str]],
         max_new_tokens: int = 64,
         *,
         max_batch: int = 8,
     ) -> list[Answer]:
-        """Answer (picture, prompt) pairs greedily, `max_batch` in one run; times are those of the run.
+        """Answer (pictures, prompt) pairs greedily, `max_batch` in one run; times are those of the run.
 
         Each has the tokens that it has alone, but for ties within rounding. Raises InputError for a
         picture or prompt that cannot be used, and for a max_batch below 1.
@@ -153,17 +164,18 @@ class Bundle:
         answers = []
         for first in range(0, len(requests), max_batch):
             inputs = [self.prepare(*request) for request in requests[first : first + max_batch]]
-            answers += [self._answer(done) for done in self.run_batch(inputs, max_new_tokens)]
+            answers += [self.answer(done) for done in self.run_batch(inputs, max_new_tokens)]
         return answers
 
-    def _answer(self, done: Transcript) -> Answer:
+    def answer(self, done: Transcript) -> Answer:
+        """A transcript in the user's terms."""
         roles = self.manifest.roles
         return Answer(
             text=self.decode_text(done.token_ids),
             token_ids=done.token_ids,
             prompt_tokens=done.prompt_tokens,
-            retained_tokens=roles.retained,
-            skipped_tokens=roles.skipped,
+            retained_tokens=done.pictures * roles.retained,
+            skipped_tokens=done.pictures * roles.skipped,
             kv_tokens_after_prefill=done.kv_tokens_after_prefill,
             ttft_ms=done.ttft_ms,
             decode_ms_per_token=done.decode_ms_per_token,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,17 @@ from PIL import Image
 
 from skipvision_export.errors import InputError
 
+Picture = str | Path | Image.Image
+Pictures = Picture | Sequence[Picture] | None
+
 
 @dataclass(frozen=True)
 class PromptInputs:
     """input_ids [1, S] int64 with one placeholder for each visual token, pixel_values [N, 3, h, w].
 
-    N is 1, or the number of crops where each is an image of its own to the decoder. The number of
-    placeholders is the model's own, or, after `resize_placeholders`, the layout's. Of a tiled image,
-    pixel_values are [1, T, 3, h, w] and image_sizes [1, 2] its height and width.
+    N pictures (crops, where each is an image of its own to the decoder) in the order of their placeholders;
+    it may be 0. The number of placeholders is the model's own, or, after `resize_placeholders`, the layout's.
+    Of a tiled image, pixel_values are [1, T, 3, h, w] and image_sizes [1, 2] its height and width.
     """
 
     input_ids: npt.NDArray[np.int64]
@@ -27,7 +31,14 @@ class PromptInputs:
     image_sizes: npt.NDArray[np.int64] | None = None
 
 
-def load_image(image: str | Path | Image.Image) -> Image.Image:
+def listed(images: Pictures) -> list[Picture]:
+    """One picture, several or none as a list."""
+    if images is None:
+        return []
+    return [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
+
+
+def load_image(image: Picture) -> Image.Image:
     """Decode a picture fully; raises InputError if it is missing, truncated or no picture."""
     if isinstance(image, Image.Image):
         return image.convert("RGB")
@@ -52,38 +63,53 @@ def chat_prompt(processor: Any, question: str, images: int) -> str:
     return prompt
 
 
-def prompt_text(processor: Any, prompt: str) -> str:
-    """Apply the chat template to a question, or take a prompt that holds the placeholder as it is.
+def prompt_text(processor: Any, prompt: str, images: int = 1) -> str:
+    """Apply the chat template to a question, or take a prompt that holds the placeholders as it is.
 
-    Raises InputError for a prompt without a place for its picture, or with more than one.
+    Raises InputError for a prompt that has not one place for each of its pictures.
     """
     token = processor.image_token
     if not prompt.strip():
         raise InputError("the prompt is empty; ask something about the picture")
     places = prompt.count(token)
     if places == 0 and processor.chat_template:
-        prompt = chat_prompt(processor, prompt, 1)
+        prompt = chat_prompt(processor, prompt, images)
         places = prompt.count(token)
-    if places != 1:
+    if places != images:
         raise InputError(
-            f"the prompt has {places} {token} placeholders, expected exactly one for the one picture"
+            f"the prompt has {places} {token} placeholders, expected {images}: one for each picture"
         )
     return prompt
 
 
-def prepare(
-    processor: Any, image: str | Path | Image.Image, prompt: str, visual_tokens: int | None
-) -> PromptInputs:
-    """Arrays of a picture and a question, or of a whole prompt that holds the placeholder.
+def prepare(processor: Any, images: Pictures, prompt: str, visual_tokens: int | None) -> PromptInputs:
+    """Arrays of pictures and a question, or of a whole prompt that holds their placeholders.
 
     visual_tokens: of a picture, or of each of its crops; None where it varies with the picture's size (tiled
     models).
 
     Raises InputError for a picture or a prompt that cannot be used.
     """
-    prompt = prompt_text(processor, prompt)
-    batch = processor(images=load_image(image), text=prompt, return_tensors="np")
+    pictures = listed(images)
+    return encode_prompt(processor, pictures, prompt_text(processor, prompt, len(pictures)), visual_tokens)
+
+
+def encode_prompt(
+    processor: Any, pictures: Sequence[Picture], text: str, visual_tokens: int | None
+) -> PromptInputs:
+    """Arrays of pictures and a text that holds a placeholder for each of them; raises as `prepare`."""
+    if visual_tokens is None and len(pictures) > 1:
+        raise InputError(
+            f"got {len(pictures)} pictures; of a model that cuts its picture into tiles a prompt has one"
+        )
+    loaded = [load_image(picture) for picture in pictures]
+    try:
+        batch = processor(**({"images": loaded} if loaded else {}), text=text, return_tensors="np")
+    except ValueError as error:  # PaliGemma's wants a picture
+        raise InputError(f"the model's processor does not take the prompt: {str(error).splitlines()[0]}") from None
     ids = np.asarray(batch["input_ids"], np.int64)
+    if not pictures:
+        return PromptInputs(ids, np.zeros((0, 3, 0, 0), np.float32))
     pixels = np.asarray(batch["pixel_values"], np.float32)
     if visual_tokens is not None:
         # Idefics3's processor puts a prompt's crops behind an axis of prompts.
@@ -93,7 +119,7 @@ def prepare(
         found = int((ids == token).sum())
         if found != len(pixels) * visual_tokens:
             raise InputError(
-                f"the processor made {found} visual tokens for {len(pixels)} crops, the model has "
+                f"the processor made {found} visual tokens of {len(pixels)} pictures or crops, the model has "
                 f"{visual_tokens} for each: its sizes or numbers of tokens do not fit the model"
             )
     sizes = batch.get("image_sizes") if visual_tokens is None else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from skipvision_export.method import SkipVisionState, apply_skip_vision, saved_s
 from skipvision_export.models.loading import ModelSource, load_model, load_processor
 from skipvision_export.runtime.generation import Transcript
 from skipvision_export.runtime.pipeline import eos_tokens
-from skipvision_export.runtime.prompt import PromptInputs, prepare
+from skipvision_export.runtime.prompt import Pictures, PromptInputs, prepare
 from skipvision_export.runtime.rounded import load_in_int4, load_rounded
 
 
@@ -51,10 +50,10 @@ class TorchReference:
             summary = summary.to(getattr(torch, weights_dtype or dtype)).to(self.model.dtype)
         self.summary = summary
 
-    def prepare(self, image: str | Path | Any, prompt: str) -> PromptInputs:
-        """Arrays of a picture and a prompt, with the model's own placeholders; raises InputError."""
+    def prepare(self, images: Pictures, prompt: str) -> PromptInputs:
+        """Arrays of pictures and a prompt, with the model's own placeholders; raises InputError."""
         visual = None if self.source.family.tiled else self.visual_tokens
-        return prepare(self.processor, image, prompt, visual)
+        return prepare(self.processor, images, prompt, visual)
 
     def decode_text(self, token_ids: list[int]) -> str:
         """Text of generated ids, special tokens left out."""
@@ -92,6 +91,8 @@ class TorchReference:
         ids = torch.from_numpy(inputs.input_ids)
         pixels = torch.from_numpy(inputs.pixel_values).to(self.model.dtype)
         given = self.source.family.inputs(self.source.config, ids, pixels)
+        if not len(pixels):
+            del given["pixel_values"]
         if inputs.image_sizes is not None:
             given["image_sizes"] = torch.from_numpy(inputs.image_sizes)
         patch = None if config is None else apply_skip_vision(self.model, config, summary=self.summary)
@@ -120,6 +121,7 @@ class TorchReference:
         done.token_ids = tokens
         done.logits = [step[0].float().numpy() for step in out.logits]
         done.prompt_tokens = ids.shape[1] if state is None else state.prompt_length
+        done.pictures = len(inputs.pixel_values)
         if state is not None and keep_features:
             assert state.order is not None
             done.order = state.order.tolist()

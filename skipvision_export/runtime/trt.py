@@ -127,6 +127,10 @@ class TrtRunner:
 
         return cuda.Stream()
 
+    def has(self, graph: str) -> bool:
+        """Can it run this graph?"""
+        return graph in self.manifest.engines
+
     def run(self, graph: str, feeds: dict[str, Any]) -> dict[str, DeviceTensor]:
         """Run one graph on numpy arrays or DeviceTensors; returns without waiting for it."""
         if graph not in self._engines:

@@ -55,6 +55,9 @@ def test_inspect_agrees_with_the_graph(tiny_folder, bundle_folder, dense_folder,
 
 
 def test_export_and_generate(tiny_folder, bundle_folder, picture, tmp_path):
+    more = ("--image", picture, "--image", picture)
+    assert ok(tmp_path, "generate", bundle_folder, *more, "--prompt", "What?")["skipped_tokens"] == 2 * 48
+    assert ok(tmp_path, "generate", bundle_folder, "--prompt", "What?")["skipped_tokens"] == 0
     result = ok(tmp_path, "generate", bundle_folder, "--image", picture, "--prompt", "What?")
     assert result["kv_tokens_after_prefill"] == result["prompt_tokens"] - 48
     dry = ok(tmp_path, "export", tiny_folder, "-o", tmp_path / "x", "--preset", "skip-50", "--dry-run")
@@ -207,8 +210,8 @@ def test_bad_pictures_and_prompts(capsys, bundle_folder, picture, tmp_path):
     refused(capsys, "does not exist", *ask, "--image", tmp_path / "none.png")
     (tmp_path / "half.png").write_bytes(picture.read_bytes()[:100])
     refused(capsys, "truncated", *ask, "--image", tmp_path / "half.png")
-    refused(capsys, "got 0 pictures", *ask)
-    refused(capsys, "got 2 pictures", *ask, "--image", picture, "--image", picture)
+    one_place = ("generate", bundle_folder, "--prompt", "<image>", "--image", picture, "--image", picture)
+    refused(capsys, "has 1 <image> placeholders, expected 2", *one_place)
     two = ("generate", bundle_folder, "--prompt", "<image><image>", "--image", picture)
     refused(capsys, "2 <image> placeholders", *two)
 

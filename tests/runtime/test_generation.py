@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from skipvision_export import Bundle
@@ -138,3 +139,9 @@ def test_no_position_beyond_the_models(bundle, picture, new, message):
         return
     with pytest.raises(InputError, match=f"{new} new ones are over the model's 512; {message}"):
         bundle.run(inputs, new)
+
+
+def test_a_generated_placeholder_is_a_token_as_any_other(bundle, reference):
+    ids = np.array([[5, 3], [3, 7]])
+    want = reference.model.get_input_embeddings()(torch.from_numpy(ids)).detach().numpy()
+    assert np.array_equal(bundle.backend.numpy(bundle.generator.embed(ids)), want)
