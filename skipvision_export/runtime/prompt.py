@@ -106,7 +106,8 @@ def encode_prompt(
     try:
         batch = processor(**({"images": loaded} if loaded else {}), text=text, return_tensors="np")
     except ValueError as error:  # PaliGemma's wants a picture
-        raise InputError(f"the model's processor does not take the prompt: {str(error).splitlines()[0]}") from None
+        why = str(error).splitlines()[0]
+        raise InputError(f"the model's processor does not take the prompt: {why}") from None
     ids = np.asarray(batch["input_ids"], np.int64)
     if not pictures:
         return PromptInputs(ids, np.zeros((0, 3, 0, 0), np.float32))
