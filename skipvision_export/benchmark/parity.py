@@ -53,13 +53,16 @@ def prompts_from(samples: Sequence[Sample]) -> list[Prompt]:
 
 
 def synthetic_prompts(n: int, size: int) -> list[Prompt]:
-    """Pictures of random blocks and plain questions, for models that come without data."""
+    """Pictures of random blocks and plain questions, for models that come without data.
+
+    Every other picture is wide: to models that cut them these are several crops.
+    """
     rng = np.random.default_rng(0)
     asked = ["What is in the picture?", "Describe the image.", "Which colours are there?"]
     prompts = []
     for i in range(n):
         blocks = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        image = Image.fromarray(blocks).resize((size, size), Image.Resampling.BICUBIC)
+        image = Image.fromarray(blocks).resize((size * (1 + i % 2), size), Image.Resampling.BICUBIC)
         prompts.append(Prompt(image, asked[i % len(asked)]))
     return prompts
 

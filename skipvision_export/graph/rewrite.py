@@ -27,8 +27,7 @@ def rewrite(trace: Trace, context: PassContext) -> Rewritten:
     Raises PassError where a pass refuses a graph.
     """
     result = Rewritten(trace.clone().graphs)
-    # Decode's trace is that of any number of tokens behind a cache. Tokens that see a whole prompt would have
-    # to see what comes later.
+    # Decode's trace is that of any number of tokens behind a cache. What sees its whole prompt has no parts.
     if context.sees != "prompt":
         result.variants[APPEND] = trace.graphs[DECODE].clone()
     # Prefill first: the others share the weights that PackProjections makes there.

@@ -72,6 +72,7 @@ class Conversation:
         self._prompt = CachedPrompt(bundle.generator)
         self._turns: list[dict[str, Any]] = []
         self._pictures: list[Picture] = []
+        self._rows = 0  # of pixel_values: the crops of these pictures
         self.fed_again = 0  # turns whose prompt was fed from the start, but for the first
 
     def ask(self, prompt: str, image: Pictures = None, max_new_tokens: int = 64) -> Answer:
@@ -92,11 +93,10 @@ class Conversation:
         inputs = bundle.resized(encode_prompt(processor, pictures, text, bundle.visual_tokens))
         ids = inputs.input_ids[0]
         known = self._prompt.shared(ids)
-        places = int((ids[:known] == bundle.manifest.model.image_token_id).sum())
-        pixels = inputs.pixel_values[places // bundle.manifest.layout.total :]
+        pixels = inputs.pixel_values[self._rows if known else 0 :]
         done = self._prompt.extend(ids, pixels, known, max_new_tokens=max_new_tokens, eos=bundle.eos)
         answer = bundle.answer(done)
         self.fed_again += bool(self._turns) and not known
         said = {"role": "assistant", "content": [{"type": "text", "text": answer.text}]}
-        self._turns, self._pictures = [*turns, said], pictures
+        self._turns, self._pictures, self._rows = [*turns, said], pictures, len(inputs.pixel_values)
         return answer

@@ -21,10 +21,9 @@ Pictures = Picture | Sequence[Picture] | None
 class PromptInputs:
     """input_ids [1, S] int64 with one placeholder for each visual token, pixel_values [N, 3, h, w].
 
-    N images in the order of their placeholders, which may be 0: pictures, or their crops where each crop is
-    an image of its own to the decoder. The number of placeholders is the model's own, or, after
-    `resize_placeholders`, the layout's. Of a tiled image, pixel_values are [1, T, 3, h, w] and image_sizes
-    [1, 2] its height and width.
+    N pictures (crops, where each is an image of its own to the decoder) in the order of their placeholders;
+    it may be 0. The number of placeholders is the model's own, or, after `resize_placeholders`, the layout's.
+    Of a tiled image, pixel_values are [1, T, 3, h, w] and image_sizes [1, 2] its height and width.
     """
 
     input_ids: npt.NDArray[np.int64]
@@ -104,10 +103,16 @@ def encode_prompt(
             f"got {len(pictures)} pictures; of a model that cuts its picture into tiles a prompt has one"
         )
     loaded = [load_image(picture) for picture in pictures]
-    batch = processor(**({"images": loaded} if loaded else {}), text=text, return_tensors="np")
+    try:
+        batch = processor(**({"images": loaded} if loaded else {}), text=text, return_tensors="np")
+    except ValueError as error:  # PaliGemma's wants a picture
+        why = str(error).splitlines()[0]
+        raise InputError(f"the model's processor does not take the prompt: {why}") from None
     ids = np.asarray(batch["input_ids"], np.int64)
-    pixels = np.asarray(batch["pixel_values"], np.float32) if loaded else np.zeros((0, 3, 0, 0), np.float32)
-    if loaded and visual_tokens is not None:
+    if not pictures:
+        return PromptInputs(ids, np.zeros((0, 3, 0, 0), np.float32))
+    pixels = np.asarray(batch["pixel_values"], np.float32)
+    if visual_tokens is not None:
         # Idefics3's processor puts a prompt's crops behind an axis of prompts.
         pixels = pixels.reshape(-1, *pixels.shape[-3:])
         # Gemma3's processor calls the token in front of a picture its image token, its tokenizer does not.
@@ -115,7 +120,7 @@ def encode_prompt(
         found = int((ids == token).sum())
         if found != len(pixels) * visual_tokens:
             raise InputError(
-                f"the processor made {found} visual tokens for {len(pixels)} crops, the model has "
+                f"the processor made {found} visual tokens of {len(pixels)} pictures or crops, the model has "
                 f"{visual_tokens} for each: its sizes or numbers of tokens do not fit the model"
             )
     sizes = batch.get("image_sizes") if visual_tokens is None else None

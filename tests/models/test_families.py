@@ -16,6 +16,7 @@ from skipvision_export.cli import run
 from skipvision_export.errors import ConfigError, ModelError
 from skipvision_export.models import family_of
 from skipvision_export.models.loading import resolve_model
+from skipvision_export.runtime.pipeline import Bundle
 from skipvision_export.tensorrt.build import plan
 from skipvision_export.tensorrt.recipe import ProfileSettings, Recipe
 
@@ -60,6 +61,34 @@ def test_a_batch_answers_as_each_prompt_alone(subject):
     requests = [(picture(size), text) for size, text in zip(SIZES, ("What?", "Is it red?"), strict=True)]
     together = [answer.token_ids for answer in subject.skip.generate_batch(requests, 3)]
     assert together == [subject.skip.generate(*request, 3).token_ids for request in requests]
+
+
+TURNS = (
+    "{% for m in messages %}{{ m['role'] }}:{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}assistant:"
+)
+
+
+def test_a_later_turn_feeds_its_own_crops(subject):
+    if not subject.traced.source.family.cropped:
+        pytest.skip("a picture is one crop, or the model has one picture for each prompt")
+    bundle = Bundle.load(subject.skip.folder)
+    bundle.processor.chat_template = TURNS
+    seen, encode = [], bundle.generator.encode
+    bundle.generator.encode = lambda pixels: seen.append(len(pixels)) or encode(pixels)
+    talk = bundle.conversation()
+    for size in (SIZES[1], SIZES[0], SIZES[1]):
+        talk.ask("What?", picture(size), 1)
+    several, one = (len(bundle.prepare(picture(size), "<image>What?").pixel_values) for size in SIZES[::-1])
+    assert talk.fed_again == 0
+    assert seen == [several, one, several]
+
+
+def test_a_prompt_that_the_processor_refuses(subject, capsys):
+    if subject.traced.source.family.sees == "prompt":
+        asked = ["generate", str(subject.skip.folder), "--prompt", "What?"]
+        assert run(asked) == 2
+        assert "does not take the prompt" in capsys.readouterr().err
 
 
 def test_engines_want_the_number_of_crops(subject):
