@@ -151,12 +151,11 @@ def _kv_names(graph: ir.Graph) -> list[str]:
     for value in graph.outputs:
         match = _KV_NAME.match(value.name or "")
         if match:
-            layer, name = found.setdefault(int(match[1]), {}), value.name or ""
-            if match[2] in layer:
-                raise PassError(
-                    f"{layer[match[2]]} and {name} are both the {match[2]} of a layer; expected one"
-                )
-            layer[match[2]] = name
+            pair, name = found.setdefault(int(match[1]), {}), value.name or ""
+            if match[2] in pair:
+                both = f"{pair[match[2]]} and {name}"
+                raise PassError(f"{both} are both the {match[2]} of a layer; expected one")
+            pair[match[2]] = name
     names = []
     for i, layer in enumerate(sorted(found)):
         pair = found[layer]

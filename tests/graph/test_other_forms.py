@@ -208,11 +208,17 @@ GQA = "com.microsoft.GroupQueryAttention<num_heads=2, kv_num_heads=2, {}>" + f"(
         ("y = com.microsoft.Attention<do_rotary=1>(inputs_embeds, w_first)", "Attention.*number of cached"),
         (f"a = {GQA.format('do_rotary=0')} y = Relu(a)", "nothing in the graph reads position_ids"),
         (f"a = {GQA.format('do_rotary=1')} y = Sin(a)", "Sin.*positions that are not position_ids"),
+        (
+            "size = Shape(inputs_embeds) h = Mul(inputs_embeds, position_ids) "
+            "y = com.microsoft.RotaryEmbedding(h, size, gamma, gamma)",
+            "RotaryEmbedding.*positions that are not position_ids",
+        ),
     ],
 )
 def test_positions_that_count_cached_tokens_are_refused(body, reason):
+    given = ", float[batch, sequence, 1] position_ids" if "position_ids" in body else ""
     with pytest.raises(PassError, match=f"cannot be pruned.*{reason}.*--keep-kv"):
-        CachedPositionsPass()(ir.from_proto(decoder(body)))
+        CachedPositionsPass()(ir.from_proto(decoder(body, inputs=given)))
 
 
 def test_positions_become_an_input_of_each_attention():
