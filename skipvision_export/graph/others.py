@@ -28,7 +28,7 @@ from skipvision_export.graph.passes.rowwise import rank
 from skipvision_export.graph.passes.skip_ffn import find_ffns, is_one_row, token_input
 from skipvision_export.graph.passes.split_norm import SplitNormPass
 
-# `present.3.key`, `present_key_values_3_value`, `present.3.decoder.key`.
+# `present.3.key`, `present_key_values_3_value`.
 _KV_NAME = re.compile(r"^present\D*(\d+)\D*(key|value)s?$")
 _KV_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -151,7 +151,11 @@ def _kv_names(graph: ir.Graph) -> list[str]:
     for value in graph.outputs:
         match = _KV_NAME.match(value.name or "")
         if match:
-            found.setdefault(int(match[1]), {})[match[2]] = value.name or ""
+            pair, name = found.setdefault(int(match[1]), {}), value.name or ""
+            if match[2] in pair:
+                both = f"{pair[match[2]]} and {name}"
+                raise PassError(f"{both} are both the {match[2]} of a layer; expected one")
+            pair[match[2]] = name
     names = []
     for i, layer in enumerate(sorted(found)):
         pair = found[layer]

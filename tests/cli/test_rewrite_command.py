@@ -251,6 +251,17 @@ def test_a_cache_that_cannot_be_pruned(capsys, decoder, tmp_path):
     assert rewrite(file, tmp_path / "o.onnx", "--keep-kv") == 0
 
 
+def test_two_keys_of_one_layer(capsys, decoder, tmp_path):
+    """As of an encoder and a decoder."""
+
+    def cross(graph):
+        graph.node.append(helper.make_node("Identity", ["present.0.key"], ["present.0.encoder.key"]))
+        graph.output.append(helper.make_tensor_value_info("present.0.encoder.key", TensorProto.FLOAT, None))
+
+    said = "present.0.key and present.0.encoder.key are both the key of a layer"
+    refused(capsys, said, altered(decoder, tmp_path, cross), tmp_path / "o.onnx")
+
+
 def test_a_cache_by_other_names(capsys, decoder, tmp_path):
     def renamed(graph):
         for value in graph.output:

@@ -2,12 +2,14 @@
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
 from skipvision_export.errors import PassError
 from skipvision_export.graph.others import OthersDecoder
 from skipvision_export.graph.passes import SKIP_FFN_OPSET, SKIP_KV_OPSET
+from skipvision_export.graph.passes.cached_positions import CachedPositionsPass
 
 D, HIDDEN, B, S = 32, 64, 2, 5
 SHAPES = {
@@ -191,3 +193,38 @@ def test_the_least_opset_is_the_least(keep_kv, least):
         next(each for each in entry if each.domain == "").version = least - 1
     with pytest.raises(onnx.checker.ValidationError):
         onnx.checker.check_model(skip)
+
+
+GQA = "com.microsoft.GroupQueryAttention<num_heads=2, kv_num_heads=2, {}>" + f"({X}, {X}, {X})"
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (
+            f"y = {GQA.format('do_rotary=1, local_window_size=8')}",
+            "GroupQueryAttention.*window counts cached",
+        ),
+        ("y = com.microsoft.Attention<do_rotary=1>(inputs_embeds, w_first)", "Attention.*number of cached"),
+        (f"a = {GQA.format('do_rotary=0')} y = Relu(a)", "nothing in the graph reads position_ids"),
+        (f"a = {GQA.format('do_rotary=1')} y = Sin(a)", "Sin.*positions that are not position_ids"),
+        (
+            "size = Shape(inputs_embeds) h = Mul(inputs_embeds, position_ids) "
+            "y = com.microsoft.RotaryEmbedding(h, size, gamma, gamma)",
+            "RotaryEmbedding.*positions that are not position_ids",
+        ),
+    ],
+)
+def test_positions_that_count_cached_tokens_are_refused(body, reason):
+    given = ", float[batch, sequence, 1] position_ids" if "position_ids" in body else ""
+    with pytest.raises(PassError, match=f"cannot be pruned.*{reason}.*--keep-kv"):
+        CachedPositionsPass()(ir.from_proto(decoder(body, inputs=given)))
+
+
+def test_positions_become_an_input_of_each_attention():
+    model = ir.from_proto(decoder(f"a = {GQA.format('do_rotary=1')} y = {GQA.format('do_rotary=1')}"))
+    assert CachedPositionsPass()(model).modified
+    (given,) = (value for value in model.graph.inputs if value.name == "position_ids")
+    assert [str(size) for size in given.shape] == ["batch", "sequence"]
+    assert [node.inputs[9] for node in model.graph] == [given, given]
+    assert not CachedPositionsPass()(model).modified

@@ -8,11 +8,13 @@ import onnx_ir as ir
 
 from skipvision_export.errors import PassError
 from skipvision_export.graph.passes.names import POSITION_IDS
+from skipvision_export.graph.passes.regions import is_constant
 from skipvision_export.graph.passes.skip_ffn import token_input
 
 OP = "GroupQueryAttention"
 _POSITIONS = 9  # GroupQueryAttention's input
-_ROTATIONS = ("RotaryEmbedding", "Cos", "Sin")
+# Operators that rotate, and the first of their inputs that says by how much.
+_ROTATIONS = {"RotaryEmbedding": 1, "Cos": 0, "Sin": 0}
 
 
 class CachedPositionsPass(ir.passes.InPlacePass):
@@ -24,7 +26,7 @@ class CachedPositionsPass(ir.passes.InPlacePass):
 
     Cases:
     1. GroupQueryAttention with do_rotary: reads `position_ids`, which becomes an input unless it is one.
-    2. RotaryEmbedding, Cos and Sin of values that `position_ids` flows into: left alone.
+    2. RotaryEmbedding, Cos and Sin whose angles `position_ids` flows into: left alone.
     3. Of values that it does not flow into; an attention with do_rotary of another kind; one with a
        window, which counts cached tokens; a graph that has no positions at all: PassError.
     """
@@ -42,16 +44,14 @@ class CachedPositionsPass(ir.passes.InPlacePass):
         positions = next((value for value in graph.inputs if value.name == POSITION_IDS), None)
         placed = set() if positions is None else set(_behind(positions))
         for node in graph:
-            if node.op_type in _ROTATIONS and node not in placed:
+            if not placed.issuperset(_angles(node)):
                 raise _refused(node, f"it rotates by positions that are not {POSITION_IDS}")
-        if not rotating and not placed:
+        if not rotating and len(placed) < 2:
             raise PassError(
                 f"the keys and values cannot be pruned: nothing in the graph reads {POSITION_IDS}, so "
                 "positions must follow from the number of cached tokens; leave them whole (--keep-kv)"
             )
-        bare = [
-            node for node in rotating if len(node.inputs) <= _POSITIONS or node.inputs[_POSITIONS] is None
-        ]
+        bare = [node for node in rotating if not any(node.inputs[_POSITIONS : _POSITIONS + 1])]
         if bare and positions is None:
             tokens = token_input(graph)
             assert tokens.shape is not None
@@ -64,16 +64,27 @@ class CachedPositionsPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=bool(bare))
 
 
-def _behind(value: ir.Value) -> Iterator[ir.Node]:
-    """Every node that a value flows into."""
-    seen: set[ir.Node] = set()
+def _angles(node: ir.Node) -> list[ir.Value]:
+    """What a node rotates by, constants left out."""
+    if node.op_type in _ROTATIONS:
+        read = node.inputs[_ROTATIONS[node.op_type] :]
+    elif node.op_type == OP and node.attributes.get_int("do_rotary", 0) == 1:
+        read = node.inputs[_POSITIONS : _POSITIONS + 1]
+    else:
+        read = ()
+    return [value for value in read if value is not None and not is_constant(value)]
+
+
+def _behind(value: ir.Value) -> Iterator[ir.Value]:
+    """A value and every other that it flows into."""
+    seen: set[ir.Value] = set()
     stack = [value]
     while stack:
-        for use in stack.pop().uses():
-            if use.node not in seen:
-                seen.add(use.node)
-                yield use.node
-                stack.extend(use.node.outputs)
+        value = stack.pop()
+        if value not in seen:
+            seen.add(value)
+            yield value
+            stack.extend(output for use in value.uses() for output in use.node.outputs)
 
 
 def _refused(node: ir.Node, why: str) -> PassError:
