@@ -89,10 +89,10 @@ class TorchReference:
         [N*layout.total, D] that the decoder reads instead of its images' own. Both only where patched.
         """
         ids = torch.from_numpy(inputs.input_ids)
-        given: dict[str, torch.Tensor] = {}
-        if len(inputs.pixel_values):
-            pixels = torch.from_numpy(inputs.pixel_values).to(self.model.dtype)
-            given = self.source.family.inputs(self.source.config, ids, pixels)
+        pixels = torch.from_numpy(inputs.pixel_values).to(self.model.dtype)
+        given = self.source.family.inputs(self.source.config, ids, pixels)
+        if not len(pixels):
+            del given["pixel_values"]
         if inputs.image_sizes is not None:
             given["image_sizes"] = torch.from_numpy(inputs.image_sizes)
         patch = None if config is None else apply_skip_vision(self.model, config, summary=self.summary)
