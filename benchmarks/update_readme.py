@@ -28,6 +28,7 @@ SOURCES = {
         "decoder_cpu",
         "int4_tiny",
         "export_size",
+        "families",
     )
 }
 PICTURE = ROOT / "docs" / "retained.png"
@@ -266,6 +267,31 @@ def export_rows(result: dict[str, Any]) -> list[str]:
     return [*rows, ""]
 
 
+def family_rows(result: dict[str, Any]) -> list[str]:
+    """What every model family was found to give."""
+    rows = [
+        f"**Families**: tiny random checkpoints, dense and with skip and prune, prefill and "
+        f"{result['families'][0]['decode_steps']} decode steps against PyTorch (limit "
+        f"{result['limit']:.0e}); broken twins differ by a multiple of the limit:",
+        "",
+        "| family: tower, text model | pictures | dense | skip | greedy tokens equal | broken twins |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["families"]:
+        dense, skip = (
+            f"{max(row['gaps'][kind][gap] for gap in ('export', 'rewrite', 'backend')):.1e}"
+            if kind in row["gaps"]
+            else "only tiled presets"
+            for kind in ("dense", "skip")
+        )
+        caught = min(twin["over_limit"] for twin in row["twins"].values())
+        rows.append(
+            f"| {row['name']} | {row['pictures']} | {dense} | {skip} | {row['greedy_match']:.1%} "
+            f"| {caught:,.0f}x |"
+        )
+    return [*rows, ""]
+
+
 def table(results: dict[str, Any]) -> str:
     """The README's results section."""
     machine = results["demo_cpu"]["sibling"]["machine"]
@@ -279,6 +305,7 @@ def table(results: dict[str, Any]) -> str:
         *decoder_rows(results["decoder_cpu"]),
         *int4_rows(results),
         *export_rows(results["export_size"]),
+        *family_rows(results["families"]),
         f"{machine['cpu']}, {machine['cores']} cores; Python {machine['python']}, torch {machine['torch']}, "
         f"transformers {machine['transformers']}, onnxruntime {machine['onnxruntime']}. The machine was "
         "shared: trust the ratios, not the times. Sources: "
