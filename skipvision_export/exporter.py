@@ -198,7 +198,7 @@ def check_target(source: ModelSource, config: SkipVisionConfig, dtype: str, targ
         raise ConfigError(f"target {target!r} is not supported; supported: {', '.join(TARGETS)}")
     layout = source.family.layout(source.config, config)
     if target == GENAI:
-        check_genai(layout, source.family.tiled, dtype)
+        check_genai(layout, source.family, dtype)
     return layout
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from skipvision_export.errors import ConfigError
 from skipvision_export.graph.passes.names import DECODE, EMBED, GENAI, IMAGE_FEATURES, TOKEN_INPUTS, VISION
 from skipvision_export.layout import TokenLayout
+from skipvision_export.models import ModelFamily
 from skipvision_export.models.loading import ModelSource
 
 GENAI_CONFIG = "genai_config.json"
@@ -17,7 +18,7 @@ GENAI_CONFIG = "genai_config.json"
 _PIPELINE = "gemma3"
 
 
-def check_genai(layout: TokenLayout, tiled: bool, dtype: str) -> None:
+def check_genai(layout: TokenLayout, family: ModelFamily, dtype: str) -> None:
     """Raise ConfigError for a bundle that onnxruntime-genai cannot run, with why."""
     if layout.total != layout.retained or layout.summaries:
         raise ConfigError(
@@ -25,10 +26,15 @@ def check_genai(layout: TokenLayout, tiled: bool, dtype: str) -> None:
             "kv_keep_index, and its positions count the cached tokens, which are fewer once K/V are pruned; "
             "use --dense, or leave out --target"
         )
-    if tiled:
+    if family.tiled:
         raise ConfigError(
             "onnxruntime-genai gives the embeddings the tiles of a picture as they come, unpacked; a tiled "
             "model cannot run there: leave out --target"
+        )
+    if family.sees != "before":
+        raise ConfigError(
+            f"onnxruntime-genai runs one decoder graph for prompt and answer, in which tokens see those before "
+            f"them; in {family.name} prompts see their whole {family.sees}: leave out --target"
         )
     if dtype == "bfloat16":
         raise ConfigError("onnxruntime-genai has no CPU kernels for bfloat16; use float32 or float16")

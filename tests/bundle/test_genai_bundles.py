@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from skipvision_export import SkipVisionConfig
+from skipvision_export.bundle.genai import check_genai
 from skipvision_export.errors import ConfigError
 from skipvision_export.exporter import trace_model
+from skipvision_export.models import family_of
 from skipvision_export.runtime.rounded import load_in_int4
 
 LIMIT, STEPS, IMAGE, VISUAL = 1e-4, 12, 3, 64
@@ -158,3 +160,8 @@ def test_what_genai_cannot_run_is_refused(config, dtype, message, traced, tmp_pa
     with pytest.raises(ConfigError, match="supported: onnxruntime, genai"):
         traced.write(tmp_path / "out", DENSE, target="tensorrt")
     assert not (tmp_path / "out").exists()
+
+
+def test_prompts_that_see_later_tokens_are_refused():
+    with pytest.raises(ConfigError, match="prompts see their whole prompt"):
+        check_genai(DENSE.layout(16), family_of(["PaliGemmaForConditionalGeneration"], ""), "float32")
