@@ -178,7 +178,11 @@ def write_idefics3(folder: Path, smol: bool = False) -> Path:
         image_seq_len=16,
         chat_template=TEMPLATE,
     )
-    return save(folder, amplified(kind, config), processor)
+    save(folder, amplified(kind, config), processor)
+    if smol:  # its own processor cannot be made without torchvision
+        file = folder / "processor_config.json"
+        file.write_text(re.sub(r"Idefics3(Image)?Processor", r"SmolVLM\1Processor", file.read_text()))
+    return folder
 
 
 def write_onevision(folder: Path) -> Path:

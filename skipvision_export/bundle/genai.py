@@ -33,8 +33,8 @@ def check_genai(layout: TokenLayout, family: ModelFamily, dtype: str) -> None:
         )
     if family.sees != "before":
         raise ConfigError(
-            f"onnxruntime-genai runs one decoder graph for prompt and answer, in which tokens see those before "
-            f"them; in {family.name} prompts see their whole {family.sees}: leave out --target"
+            "onnxruntime-genai runs one decoder graph for prompt and answer, in which tokens see those "
+            f"before them; in {family.name} prompts see their whole {family.sees}: leave out --target"
         )
     if dtype == "bfloat16":
         raise ConfigError("onnxruntime-genai has no CPU kernels for bfloat16; use float32 or float16")

@@ -4,19 +4,25 @@ import re
 
 import pytest
 import torch
-from families import FAMILIES, text_config, write_gemma3
+from families import FAMILIES, text_config, write_gemma3, write_idefics3
 from family_check import LIMIT, PARITY, SIZES, Subject, picture
 from full import FULL
 from tiny import tiny_config, tiny_model, write_tiny
-from transformers import Idefics3Config, LlavaForConditionalGeneration, PaliGemmaConfig
+from transformers import (
+    Idefics3Config,
+    LlavaForConditionalGeneration,
+    PaliGemmaConfig,
+    SmolVLMImageProcessorPil,
+)
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionConfig, Idefics3VisionEmbeddings
 
 from skipvision_export import SkipVisionConfig
 from skipvision_export.cli import run
 from skipvision_export.errors import ConfigError, ModelError
 from skipvision_export.models import family_of
-from skipvision_export.models.loading import resolve_model
+from skipvision_export.models.loading import load_processor, resolve_model
 from skipvision_export.runtime.pipeline import Bundle
+from skipvision_export.runtime.prompt import prepare
 from skipvision_export.tensorrt.build import plan
 from skipvision_export.tensorrt.recipe import ProfileSettings, Recipe
 
@@ -163,6 +169,13 @@ def test_a_selection_that_does_not_fit_the_tower_is_refused(tmp_path):
 def test_sequences_of_gemma3_stay_within_a_window(tmp_path, capsys):
     assert run(["inspect", str(write_gemma3(tmp_path))]) == 0
     assert "16 visual tokens, counted with 64 text tokens, sequences of up to 96\n" in capsys.readouterr().out
+
+
+def test_smolvlm_s_processor_takes_pictures_without_videos(tmp_path):
+    processor = load_processor(write_idefics3(tmp_path, smol=True))
+    assert isinstance(processor.image_processor, SmolVLMImageProcessorPil)
+    found = prepare(processor, picture(SIZES[1]), "What?", 16)
+    assert (found.input_ids == 3).sum() == 16 * len(found.pixel_values) > 16
 
 
 def test_cross_attention_is_refused(tmp_path, capsys):
