@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from skipvision_export.errors import ModelError
-from skipvision_export.models.registry import ModelFamily, VisionDims, check_text, register
+from skipvision_export.models.registry import ModelFamily, VisionDims, check_text, register, siglip_dims
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -44,16 +45,9 @@ class Idefics3(ModelFamily):
 
     def vision_dims(self, config: Any) -> VisionDims:
         """The connector makes one token of a square of patches."""
-        vision, patches = config.vision_config, config.scale_factor**2
-        return VisionDims(
-            num_layers=vision.num_hidden_layers,
-            hidden_size=vision.hidden_size,
-            intermediate_size=vision.intermediate_size,
-            image_size=vision.image_size,
-            patch_size=vision.patch_size,
-            projector=((vision.hidden_size * patches, config.text_config.hidden_size),),
-            token_patches=patches,
-        )
+        vision, out, patches = config.vision_config, config.text_config.hidden_size, config.scale_factor**2
+        dims = siglip_dims(vision, out)
+        return replace(dims, projector=((vision.hidden_size * patches, out),), token_patches=patches)
 
     def image_features(self, config: Any, tower: Any, projector: Any, pixel_values: Tensor) -> Tensor:
         """The tower without its masks: where no pixel is masked, the i-th patch has the i-th position."""
