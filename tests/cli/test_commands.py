@@ -181,7 +181,7 @@ def test_no_model(capsys, tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
     refused(
         capsys,
-        "names BertModel, which is not supported; supported: ",
+        "BertModel, which is not supported; supported: ",
         "export",
         tmp_path,
         "-o",
