@@ -52,17 +52,18 @@ def prompts_from(samples: Sequence[Sample]) -> list[Prompt]:
     return [Prompt(s.image, s.question, s.answer) for s in samples]
 
 
-def synthetic_prompts(n: int, size: int) -> list[Prompt]:
+def synthetic_prompts(n: int, size: int, wide: bool = False) -> list[Prompt]:
     """Pictures of random blocks and plain questions, for models that come without data.
 
-    Every other picture is wide: to models that cut them these are several crops.
+    wide: every other picture is twice as wide as high, for models that cut pictures.
     """
     rng = np.random.default_rng(0)
     asked = ["What is in the picture?", "Describe the image.", "Which colours are there?"]
     prompts = []
     for i in range(n):
         blocks = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        image = Image.fromarray(blocks).resize((size * (1 + i % 2), size), Image.Resampling.BICUBIC)
+        width = 2 * size if wide and i % 2 else size
+        image = Image.fromarray(blocks).resize((width, size), Image.Resampling.BICUBIC)
         prompts.append(Prompt(image, asked[i % len(asked)]))
     return prompts
 

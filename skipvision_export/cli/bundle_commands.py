@@ -75,8 +75,8 @@ def validate(
     if data is not None:
         prompts = prompts_from(load_imagefolder(data, samples))
     else:
-        vision = source.family.vision_dims(source.config)
-        prompts = synthetic_prompts(samples, vision.image_size)
+        size, family = source.family.vision_dims(source.config).image_size, source.family
+        prompts = synthetic_prompts(samples, size, family.cropped or family.tiled)
     report = measure_gaps(loaded, reference, prompts, max_new_tokens=max_new_tokens, progress=progress)
     progress("")
     for gap in report.gaps.values():
