@@ -146,7 +146,7 @@ def test_what_is_written(folder, dense_folder):
 
 
 def test_what_genai_cannot_run_is_refused(traced, tmp_path):
-    with pytest.raises(ConfigError, match="dense exports only.*positions count"):
+    with pytest.raises(ConfigError, match=r"dense exports only.*positions count"):
         traced.write(tmp_path / "out", SkipVisionConfig.preset("skip-75"), target="genai")
     with pytest.raises(ConfigError, match="no CPU kernels for bfloat16"):
         check_genai(DENSE.layout(16), traced.source.family, "bfloat16")
