@@ -93,7 +93,6 @@ struct Bundle::Parts {
         processor(processor_of(manifest, folder)),
         prompt(manifest, tokenizer),
         ends(end_tokens(folder, tokenizer)),
-        positions(max_positions(folder)),
         backend(make_backend(folder, manifest, options)) {}
 
   ModelInput prepare(const Picture& picture, std::string_view question,
@@ -107,7 +106,6 @@ struct Bundle::Parts {
   ImageProcessor processor;
   PromptBuilder prompt;
   std::vector<std::int64_t> ends;
-  std::int64_t positions;
   std::unique_ptr<const Backend> backend;
 };
 
@@ -119,6 +117,7 @@ ModelInput Bundle::Parts::prepare(const Picture& picture, std::string_view quest
   ModelInput input;
   input.ids = prompt(question);
   auto length = static_cast<std::int64_t>(input.ids.size());
+  std::int64_t positions = manifest.max_positions;
   if (length >= positions)
     throw Error("the prompt has " + std::to_string(length) +
                 " tokens, the model reads fewer than " + std::to_string(positions) +

@@ -75,6 +75,7 @@ struct Manifest {
   std::int64_t vocab_size = 0;
   std::int64_t visual_tokens = 0;  // of one crop
   bool tiled = false;              // an image is a thumbnail and tiles
+  std::int64_t max_positions = INT32_MAX;  // of a sequence; the graphs have none beyond
   std::int64_t image_token_id = 0;
   std::string dtype;
   bool references = false;  // has weights in links to the model's own files

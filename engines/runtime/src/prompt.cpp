@@ -71,13 +71,4 @@ std::vector<std::int64_t> end_tokens(const std::filesystem::path& folder,
   return {id};
 }
 
-std::int64_t max_positions(const std::filesystem::path& folder) {
-  if (!is_file(folder / "config.json")) return INT32_MAX;
-  Document document(folder / "config.json", "export again");
-  Field root = document.root();
-  Field text = root.has("text_config") ? root.at("text_config") : root;
-  return text.has("max_position_embeddings") ? text.at("max_position_embeddings").integer(1)
-                                             : INT32_MAX;
-}
-
 }  // namespace skipvision

@@ -31,7 +31,4 @@ class PromptBuilder {
 std::vector<std::int64_t> end_tokens(const std::filesystem::path& folder,
                                      const Tokenizer& tokenizer);
 
-/// The model's max_position_embeddings; INT32_MAX where config.json does not say.
-std::int64_t max_positions(const std::filesystem::path& folder);
-
 }  // namespace skipvision
