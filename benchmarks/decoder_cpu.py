@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -53,6 +55,7 @@ CACHED = (64, 192, 512, 1088, 2048, 4096)
 GROUPED, SHARED = f"{PREFILL}.onnxruntime", f"{DECODE}.onnxruntime"
 STEPS = 8  # decode steps of one measurement
 HF, GENAI, PLAIN = "Hugging Face, sdpa", "genai", "torch.onnx.export"
+GENAI_SHARED = f"{GENAI}, shared K/V"
 OURS, SKIP, MERGE = "dense", "skip", "merged"
 # With the weights that both graphs read, not packed for the kernels: OrtBackend's default.
 ONE_COPY, SKIP_ONE_COPY = "dense, weights shared", "skip, weights shared"
@@ -61,14 +64,19 @@ INT4, INT4_SKIP, GENAI_INT4 = "int4 dense", "int4 skip", "genai int4"
 Run = Callable[[], Any]
 
 
+def sibling() -> Any:
+    """The VLM that the decoder is of; rotations are tabulated for as many positions as the model names."""
+    model = sibling_model(SIZES)
+    model.config.text_config.max_position_embeddings = 2 * max(CACHED)
+    return model.eval()
+
+
 def write_llama(folder: Path) -> None:
     """The decoder as a Llama, which genai's builder reads, with a tokenizer of one word."""
     from tokenizers import Tokenizer, models
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-    model = sibling_model(SIZES)
-    # genai tabulates the rotation for as many positions as the model names.
-    model.config.text_config.max_position_embeddings = 2 * max(CACHED)
+    model = sibling()
     llama = LlamaForCausalLM(model.config.text_config)
     llama.model.load_state_dict(model.model.language_model.state_dict())
     llama.lm_head.load_state_dict(model.lm_head.state_dict())
@@ -294,12 +302,65 @@ def plain_export(traced: Any, folder: Path, reader: SourceReader) -> dict[str, P
     return {name: folder / info.file for name, info in written.graphs.items()}
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """What a process of decode needs: graphs by contender, the model's folder, embeddings [1, S, D]."""
+
+    graphs: dict[str, Path]
+    source: Path
+    embeds: np.ndarray
+    threads: int
+
+
+def decode_times(task: Decoding, rounds: int) -> dict[int, dict[str, np.ndarray]]:
+    """Milliseconds of a decode step by cached tokens, contender and round.
+
+    A decode step is as fast as its weights can be read, and how fast that is depends on where in memory they
+    came to lie: of equal graphs in one process those that load first were found 10 % slower than those that
+    load last. So each process loads the contenders in another order, and every contender has every place.
+    """
+    order = list(task.graphs)
+    orders = [order[n:] + order[:n] for n in range(len(order))]
+    each = max(2, round(rounds / len(orders)))
+    context = multiprocessing.get_context("spawn")
+    found = []
+    for n, names in enumerate(orders):
+        print(f"decode: process {n + 1} of {len(orders)}")
+        with context.Pool(1) as pool:
+            found.append(pool.apply(decode_in, (task, names, each)))
+    return {
+        cached: {name: np.concatenate([one[cached][name] for one in found]) for name in found[0][cached]}
+        for cached in CACHED
+    }
+
+
+def decode_in(task: Decoding, names: Sequence[str], rounds: int) -> dict[int, dict[str, np.ndarray]]:
+    """The same of one process, which loads the graphs in this order."""
+    if task.threads:
+        torch.set_num_threads(task.threads)
+    from transformers import LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(task.source, dtype="float32").eval()
+    inputs, hugging_face, weights = Inputs(task.embeds), HuggingFace(model, task.embeds), SharedWeights()
+    shares = {ONE_COPY: weights}
+    graphs = {name: session(task.graphs[name], task.threads, shares.get(name)) for name in names}
+    found = {}
+    for cached in CACHED:
+        runs: dict[str, Run] = {HF: hugging_face.decode(cached)}
+        for name, graph in graphs.items():
+            runs[name] = (inputs.joined if name in (PLAIN, GENAI) else inputs.shared)(graph, cached)
+            if name == GENAI:
+                runs[GENAI_SHARED] = inputs.shared(graph, cached)
+        found[cached] = measure(runs, rounds, STEPS, f"decode at {cached}")
+    return found
+
+
 def compare(rounds: int, threads: int, genai: Path | None, scratch: Path) -> dict[str, Any]:
     """All measurements."""
     if threads:
         torch.set_num_threads(threads)
     source = scratch / "model"
-    model = sibling_model(SIZES).eval()
+    model = sibling()
     model.save_pretrained(source)
     start = time.perf_counter()
     traced = trace_skeleton(resolve_model(source))
@@ -382,28 +443,16 @@ def compare(rounds: int, threads: int, genai: Path | None, scratch: Path) -> dic
     genai_int4 = prefill.get(GENAI_INT4)
     del prefill, runs, dense
 
-    plain, shared = session(files[DECODE], threads), session(own[SHARED], threads)
-    one_copy = session(own[SHARED], threads, weights)
-    shared_int4 = session(small[SHARED], threads)
+    del genai_graph, genai_int4, one_copy, weights, bundle, int4, hugging_face
+    graphs = {PLAIN: files[DECODE], OURS: own[SHARED], ONE_COPY: own[SHARED], INT4: small[SHARED]}
+    if genai:
+        graphs |= {GENAI: genai / "fp32" / "model.onnx", GENAI_INT4: genai / "int4" / "model.onnx"}
     decode: dict[str, Any] = {}
-    for cached in CACHED:
-        runs = {
-            HF: hugging_face.decode(cached),
-            PLAIN: inputs.joined(plain, cached),
-            OURS: inputs.shared(shared, cached),
-            ONE_COPY: inputs.shared(one_copy, cached),
-        }
-        if genai_graph is not None:
-            runs[GENAI] = inputs.joined(genai_graph, cached)
-            runs[f"{GENAI}, shared K/V"] = inputs.shared(genai_graph, cached)
-        runs[INT4] = inputs.shared(shared_int4, cached)
-        if genai_int4 is not None:
-            runs[GENAI_INT4] = inputs.shared(genai_int4, cached)
-        times = measure(runs, rounds, STEPS, f"decode at {cached}")
+    for cached, times in decode_times(Decoding(graphs, source, inputs.embeds, threads), rounds).items():
         decode[str(cached)] = {
             "ms": table(times),
-            "dense": against_best(times, [*peers, f"{GENAI}, shared K/V"], OURS),
-            "dense, weights shared": against_best(times, [*peers, f"{GENAI}, shared K/V"], ONE_COPY),
+            "dense": against_best(times, [*peers, GENAI_SHARED], OURS),
+            "dense, weights shared": against_best(times, [*peers, GENAI_SHARED], ONE_COPY),
             "int4": against_best(times, [GENAI_INT4, OURS], INT4),
             "int4 over float32": spread(times[OURS] / times[INT4]),
         }
