@@ -203,16 +203,7 @@ class Generator:
         options: those of Limits. Times are those of the batch. Raises InputError for more positions than
         the model has.
         """
-        batch, limits = PromptBatch.join(prompts, self.image_token), Limits(**options)
-        self._check_room(int(batch.lengths.max()), limits.max_new_tokens)
-        done = [self._begun(ids) for ids in prompts]
-        start = time.perf_counter()
-        if features is None:
-            features = self._encode_all(pixel_values)
-        encoded = time.perf_counter()
-        out, kept = self.prefill_cache(batch, features)
-        self._go_on(done, out, kept, batch.lengths, limits, start, encoded)
-        return done
+        return self._run(prompts, pixel_values, features, None, Limits(**options))[0]
 
     def turn(
         self,
@@ -226,15 +217,29 @@ class Generator:
         before: what they come behind; options: those of Limits. Returns the cache too, which holds all but
         the last generated token. Raises InputError for more positions than the model has.
         """
-        batch, limits = PromptBatch.join([input_ids], self.image_token), Limits(**options)
+        (done,), cache = self._run([input_ids], [pixel_values], None, before, Limits(**options))
+        return done, cache()
+
+    def _run(
+        self,
+        prompts: Sequence[Ints],
+        pixel_values: Sequence[npt.NDArray[np.float32]],
+        features: Any,
+        before: Before | None,
+        limits: Limits,
+    ) -> tuple[list[Transcript], Callable[[], KVCache]]:
+        """Prefill and decode; the cache is made where decode, or the caller, wants it."""
+        batch = PromptBatch.join(prompts, self.image_token)
         positions = batch.lengths + (before.positions if before else 0)
-        self._check_room(int(positions[0]), limits.max_new_tokens)
-        done, start = [self._begun(input_ids)], time.perf_counter()
-        features = self._encode_all([pixel_values])
+        self._check_room(int(positions.max()), limits.max_new_tokens)
+        done = [self._begun(ids) for ids in prompts]
+        start = time.perf_counter()
+        if features is None:
+            features = self._encode_all(pixel_values)
         encoded = time.perf_counter()
         out, kept = self.append(batch, features, before) if before else self.prefill_cache(batch, features)
         cache = self._go_on(done, out, kept, positions, limits, start, encoded)
-        return done[0], cache or self.backend.cache(out, kept)
+        return done, lambda: cache or self.backend.cache(out, kept)
 
     def append(self, prompt: PromptBatch, features: Any, before: Before) -> tuple[dict[str, Any], Flags]:
         """The outputs of prefill for one more part of a prompt, and [1, K], which of its positions count."""
