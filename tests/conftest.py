@@ -28,6 +28,12 @@ from skipvision_export.training.run import Plan, plan
 from skipvision_export.training.settings import FinetuneSettings
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny_vlm"
+FORMS = {
+    "dense": SkipVisionConfig.dense(),
+    "skip-75": SkipVisionConfig.preset("skip-75"),
+    "strict": SkipVisionConfig.counts(16, 24, selector="dart", summaries=True, strict=True),
+    "policy": SkipVisionConfig(layer_shares=(0.0, 0.5, 0.9)),
+}
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +60,12 @@ def bundle_folder(traced: TracedModel, tmp_path_factory: pytest.TempPathFactory)
 def dense_folder(traced: TracedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense bundle of the random model."""
     return traced.write(tmp_path_factory.mktemp("bundles") / "dense", SkipVisionConfig.dense()).folder
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def form(request: Any, traced: TracedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Bundles of the random model that differ most in what a prefill is told."""
+    return traced.write(tmp_path_factory.mktemp("form") / "bundle", FORMS[request.param])
 
 
 @pytest.fixture(scope="session")

@@ -22,27 +22,43 @@ def leave_as_it_is(graph):
     """Not broken: what an unbroken twin goes through."""
 
 
+def instead_of_input(graph, name, make):
+    """What reads an input reads the output of the last of the nodes that `make(input)` gives."""
+    value = next(v for v in graph.inputs if v.name == name)
+    users = [(use.node, use.idx) for use in value.uses()]
+    nodes = make(value)
+    for node, at in users:
+        node.replace_input_with(at, nodes[-1].outputs[0])
+    graph.insert_before(graph[0], nodes)
+
+
+def held(graph, name, numbers):
+    """An initializer of int64 numbers."""
+    value = ir.Value(name=f"twin.{name}", const_value=ir.tensor(np.array(numbers, np.int64)))
+    graph.register_initializer(value)
+    return value
+
+
 def see_the_padding(graph):
     """Prefill with a mask of ones."""
-    mask = next(v for v in graph.inputs if v.name == "attention_mask")
-    users = [(use.node, use.idx) for use in mask.uses()]
-    one = ir.Value(name="twin.one", const_value=ir.tensor(np.array(1, np.int64)))
-    graph.register_initializer(one)
-    ones = ir.node("Max", [mask, one])
-    for node, at in users:
-        node.replace_input_with(at, ones.outputs[0])
-    graph.insert_before(graph[0], ones)
+    one = held(graph, "one", 1)
+    instead_of_input(graph, "attention_mask", lambda mask: [ir.node("Max", [mask, one])])
 
 
 def longest_row_s_positions(graph):
     """Decode at the longest row's position in all rows."""
-    positions = next(v for v in graph.inputs if v.name == "position_ids")
-    users = [(use.node, use.idx) for use in positions.uses()]
-    last = ir.node("ReduceMax", [positions], attributes={"keepdims": 0})
-    same = ir.node("Max", [positions, last.outputs[0]])
-    for node, at in users:
-        node.replace_input_with(at, same.outputs[0])
-    graph.insert_before(graph[0], [last, same])
+
+    def make(positions):
+        last = ir.node("ReduceMax", [positions], attributes={"keepdims": 0})
+        return [last, ir.node("Max", [positions, last.outputs[0]])]
+
+    instead_of_input(graph, "position_ids", make)
+
+
+def count_positions_one_further(graph):
+    """Each position is taken for the next one."""
+    one = held(graph, "one", 1)
+    instead_of_input(graph, "position_ids", lambda positions: [ir.node("Add", [positions, one])])
 
 
 def another_mask(node):

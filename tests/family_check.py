@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import torch
-from damage import leave_as_it_is, twin
+from damage import count_positions_one_further, held, instead_of_input, leave_as_it_is, twin
 from PIL import Image
 
 from skipvision_export import SkipVisionConfig
@@ -107,30 +107,13 @@ def config_of(traced: TracedModel) -> SkipVisionConfig:
 
 def let_a_row_pass_by(graph: ir.Graph) -> None:
     """The first row of the FFNs takes the place of the last one."""
-    index = next(v for v in graph.inputs if v.name == "ffn_index")
-    zero, end = (ir.Value(name=f"twin.{n}", const_value=ir.tensor(np.array([n]))) for n in (0, -1))
-    one = ir.Value(name="twin.1", const_value=ir.tensor(np.array([1])))
-    for value in (zero, end, one):
-        graph.register_initializer(value)
-    users = [(use.node, use.idx) for use in index.uses()]
-    head = ir.node("Slice", [index, zero, end])
-    tail = ir.node("Slice", [index, zero, one])
-    both = ir.node("Concat", [head.outputs[0], tail.outputs[0]], {"axis": 0})
-    for node, at in users:
-        node.replace_input_with(at, both.outputs[0])
-    graph.insert_before(graph[0], [head, tail, both])
+    zero, end, one = (held(graph, str(n), [n]) for n in (0, -1, 1))
 
+    def make(index: ir.Value) -> list[ir.Node]:
+        head, tail = ir.node("Slice", [index, zero, end]), ir.node("Slice", [index, zero, one])
+        return [head, tail, ir.node("Concat", [head.outputs[0], tail.outputs[0]], {"axis": 0})]
 
-def count_positions_one_further(graph: ir.Graph) -> None:
-    """Decode takes each position for the next one."""
-    position = next(v for v in graph.inputs if v.name == "position_ids")
-    one = ir.Value(name="twin.one", const_value=ir.tensor(np.array(1)))
-    graph.register_initializer(one)
-    users = [(use.node, use.idx) for use in position.uses()]
-    add = ir.node("Add", [position, one])
-    for node, at in users:
-        node.replace_input_with(at, add.outputs[0])
-    graph.insert_before(graph[0], add)
+    instead_of_input(graph, "ffn_index", make)
 
 
 def see_only_before(graph: ir.Graph) -> None:

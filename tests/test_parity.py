@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from conftest import EXAMPLE
-from damage import leave_as_it_is, twin
+from damage import held, instead_of_input, leave_as_it_is, twin
 from full import FULL
 
 from skipvision_export import SkipVisionConfig
@@ -93,17 +93,15 @@ def test_rewrite_gap_of(name, trained, trained_reference, samples, tmp_path):
 
 def shift_ffn_index(graph):
     """Every FFN takes its rows one further."""
-    index = next(v for v in graph.inputs if v.name == "ffn_index")
-    one = ir.Value(name="twin.one", const_value=ir.tensor(np.array([1], np.int64)))
-    graph.register_initializer(one)
-    users = [(use.node, use.idx) for use in index.uses()]
-    add = ir.node("Add", [index, one])
-    # the last token is text, so the largest row is the sequence's last: no index leaves it
-    last = ir.node("ReduceMax", [index], attributes={"keepdims": 0})
-    low = ir.node("Min", [add.outputs[0], last.outputs[0]])
-    for node, at in users:
-        node.replace_input_with(at, low.outputs[0])
-    graph.insert_before(graph[0], [add, last, low])
+    one = held(graph, "one", [1])
+
+    def make(index):
+        add = ir.node("Add", [index, one])
+        # the last token is text, so the largest row is the sequence's last: no index leaves it
+        last = ir.node("ReduceMax", [index], attributes={"keepdims": 0})
+        return [add, last, ir.node("Min", [add.outputs[0], last.outputs[0]])]
+
+    instead_of_input(graph, "ffn_index", make)
 
 
 def leave_a_layer_unpruned(graph):

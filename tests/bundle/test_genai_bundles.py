@@ -1,14 +1,14 @@
 """Dense bundles in onnxruntime-genai: every step's logits are Hugging Face's, broken twins are not."""
 
 import json
-import shutil
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from damage import held, instead_of_input, twin
 
-from skipvision_export import SkipVisionConfig
+from skipvision_export import Bundle, SkipVisionConfig
 from skipvision_export.bundle.genai import check_genai
 from skipvision_export.errors import ConfigError
 from skipvision_export.models import family_of
@@ -89,35 +89,20 @@ def test_int4(traced, tmp_path):
 
 
 def strided_positions(graph):
-    positions = next(value for value in graph.inputs if value.name == "position_ids")
-    users = [(use.node, use.idx) for use in positions.uses()]
-    twice = ir.node("Add", [positions, positions])
-    for node, at in users:
-        node.replace_input_with(at, twice.outputs[0])
-    graph.insert_before(graph[0], twice)
+    instead_of_input(graph, "position_ids", lambda positions: [ir.node("Add", [positions, positions])])
 
 
 def swapped_rows(graph):
     """The features come in another order."""
-    flat = next(value for value in graph.inputs if value.name == "image_features")
-    users = [(use.node, use.idx) for use in flat.uses()]
-    index = ir.Value(name="twin.index", const_value=ir.tensor(np.roll(np.arange(VISUAL), 1)))
-    graph.register_initializer(index)
-    rolled = ir.node("Gather", [flat, index])
-    for node, at in users:
-        node.replace_input_with(at, rolled.outputs[0])
-    graph.insert_before(graph[0], rolled)
+    index = held(graph, "index", np.roll(np.arange(VISUAL), 1))
+    instead_of_input(graph, "image_features", lambda flat: [ir.node("Gather", [flat, index])])
 
 
 @pytest.mark.parametrize(
     ("name", "damage"), [("decoder_decode", strided_positions), ("embed_tokens.genai", swapped_rows)]
 )
 def test_broken_twins_are_caught(name, damage, folder, traced, tmp_path):
-    broken = shutil.copytree(folder, tmp_path / "broken")
-    file = broken / "onnx" / f"{name}.onnx"
-    model = ir.load(file)
-    damage(model.graph)
-    ir.save(model, file)
+    broken = twin(Bundle.load(folder, verify=False), tmp_path, damage, name).folder
     ids, pixels = prompt(1)
     # The first step alone: decode gets no rows that could be swapped.
     found, expected = in_genai(broken, ids, pixels, 1)[0], in_pytorch(traced.model, ids, pixels)[0][:1]

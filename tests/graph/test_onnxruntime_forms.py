@@ -7,7 +7,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 import onnxruntime as ort
 import pytest
-from damage import another_mask, causal
+from damage import another_mask, causal, instead_of_input
 
 from skipvision_export.graph.clean import clear_inferred_types, unique_node_names
 from skipvision_export.graph.passes.grouped_prefill import GroupedPrefillPass
@@ -254,13 +254,12 @@ def test_a_table_that_begins_one_further_is_caught(traced):
 
 def depend_on_all_positions(graph):
     """As dynamic scaling does, where the longest position changes every angle."""
-    ids = next(value for value in graph.inputs if value.name == "position_ids")
-    users = [(use.node, use.idx) for use in ids.uses()]
-    longest = ir.node("ReduceMax", [ids], {"keepdims": 1})
-    moved = ir.node("Mul", [ids, longest.outputs[0]])
-    graph.insert_before(graph[0], [longest, moved])
-    for node, at in users:
-        node.replace_input_with(at, moved.outputs[0])
+
+    def make(ids):
+        longest = ir.node("ReduceMax", [ids], {"keepdims": 1})
+        return [longest, ir.node("Mul", [ids, longest.outputs[0]])]
+
+    instead_of_input(graph, "position_ids", make)
 
 
 def rotate_pairs(graph):

@@ -22,12 +22,6 @@ IMAGE = 3  # the random model's placeholder
 LIMIT = 1e-4
 # Tokens before and after the picture, for one to eight prompts.
 PROMPTS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 40)), min_size=1, max_size=8)
-FORMS = {
-    "dense": SkipVisionConfig.dense(),
-    "skip-75": SkipVisionConfig.preset("skip-75"),
-    "strict": SkipVisionConfig.counts(16, 24, selector="dart", summaries=True, strict=True),
-    "policy": SkipVisionConfig(layer_shares=(0.0, 0.5, 0.9)),
-}
 
 
 def prompts(lengths, total, seed=0):
@@ -58,11 +52,6 @@ def difference(bundle, inputs, **options):
         return bundle.generator.generate_batch(ids, pixels, **options)
 
     return worst([run(one)[0] for one in inputs], run(*inputs))
-
-
-@pytest.fixture(scope="module", params=FORMS)
-def form(request, traced, tmp_path_factory):
-    return traced.write(tmp_path_factory.mktemp("batch") / "bundle", FORMS[request.param])
 
 
 @settings(max_examples=12, deadline=None)

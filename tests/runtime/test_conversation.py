@@ -1,16 +1,15 @@
 """Several pictures, none, and several turns, in ONNX Runtime and in the patched PyTorch model."""
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 import torch
 from conftest import EXAMPLE
-from damage import leave_as_it_is, twin
+from damage import count_positions_one_further, leave_as_it_is, twin
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from skipvision_export import Bundle, SkipVisionConfig, apply_skip_vision
+from skipvision_export import Bundle, apply_skip_vision
 from skipvision_export.benchmark.accuracy import BundleAnswerer, TorchAnswerer
 from skipvision_export.errors import InputError
 from skipvision_export.runtime import kv_cache
@@ -23,20 +22,9 @@ LIMIT = 1e-4
 # Shrinking runs the models hundreds of times; an example as it was found says as much.
 settings.register_profile("as found", phases=[Phase.explicit, Phase.reuse, Phase.generate], deadline=None)
 AS_FOUND = settings.get_profile("as found")
-FORMS = {
-    "dense": SkipVisionConfig.dense(),
-    "skip-75": SkipVisionConfig.preset("skip-75"),
-    "strict": SkipVisionConfig.counts(16, 24, selector="dart", summaries=True, strict=True),
-    "policy": SkipVisionConfig(layer_shares=(0.0, 0.5, 0.9)),
-}
 # Text tokens before each of some pictures, and behind the last one.
 PARTS = st.tuples(st.lists(st.integers(0, 5), max_size=2), st.integers(1, 9))
 PICTURES = [EXAMPLE / "test" / f"{i:03}.png" for i in range(2)]
-
-
-@pytest.fixture(scope="module", params=FORMS)
-def form(request, traced, tmp_path_factory):
-    return traced.write(tmp_path_factory.mktemp("turns") / "bundle", FORMS[request.param])
 
 
 def part(befores, behind, total, rng):
@@ -138,17 +126,6 @@ def test_the_graph_of_all_runtimes(form, reference):
     parts = [part([2], 4, form.manifest.layout.total, np.random.default_rng(i)) for i in range(2)]
     found, _ = ort_turns(plain, parts, 2)
     assert np.abs(found - torch_turns(reference, form.config, parts, 2)[0]).max() <= LIMIT
-
-
-def count_positions_one_further(graph):
-    ids = next(value for value in graph.inputs if value.name == "position_ids")
-    one = ir.Value(name="twin.one", const_value=ir.tensor(np.array(1)))
-    graph.register_initializer(one)
-    users = [(use.node, use.idx) for use in ids.uses()]
-    add = ir.node("Add", [ids, one])
-    graph.insert_before(graph[0], add)
-    for node, at in users:
-        node.replace_input_with(at, add.outputs[0])
 
 
 def test_a_broken_graph_is_caught(bundle, reference, tmp_path):
