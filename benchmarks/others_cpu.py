@@ -13,20 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
+from decoder_runs import HEAD_DIM, STEPS, Run, session, spread
 
 from skipvision_export.benchmark.timing import machine
 from skipvision_export.graph.passes.names import past_name
 from skipvision_export.rewriting import rewrite_decoder
 
-TOKENS, KEPT, HEAD_SIZE, STEPS = 1088, 192, 64, 8
-Run = Callable[[], Any]
+TOKENS, KEPT = 1088, 192
 
 
 class Graph:
@@ -34,10 +32,7 @@ class Graph:
 
     def __init__(self, file: Path, threads: int) -> None:
         """threads: of ONNX Runtime."""
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        self.session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self.session = session(file, threads)
         self.shapes = {value.name: value.shape for value in self.session.get_inputs()}
         self.present = [v.name for v in self.session.get_outputs() if v.name.startswith("present.")]
         rng = np.random.default_rng(0)
@@ -73,7 +68,7 @@ class Graph:
         }
         for name in self.present:
             heads = self.shapes[past_name(name)][1]
-            feeds[past_name(name)] = np.zeros((1, heads, cached, HEAD_SIZE), np.float32)
+            feeds[past_name(name)] = np.zeros((1, heads, cached, HEAD_DIM), np.float32)
         return {name: np.ascontiguousarray(array) for name, array in feeds.items() if name in self.shapes}
 
 
@@ -86,11 +81,7 @@ def measure(runs: dict[str, Run], rounds: int) -> dict[str, dict[str, float]]:
             run()
             if turn >= 2:  # after the warm-up
                 times[name].append(1000 * (time.perf_counter() - start))
-    points = {"median": 50, "p10": 10, "p90": 90}
-    return {
-        name: {point: round(float(np.percentile(values, at)), 3) for point, at in points.items()}
-        for name, values in times.items()
-    }
+    return {name: spread(values) for name, values in times.items()}
 
 
 def compare(file: Path, rounds: int, threads: int, scratch: Path) -> dict[str, Any]:
