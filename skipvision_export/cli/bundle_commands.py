@@ -53,8 +53,14 @@ def validate(
     the precision gap in PyTorch and the backend gap in ONNX Runtime, as signal to noise: 40 dB or
     more for float16, 22 dB for bfloat16. So is a bundle with int4 weights: there the precision gap is
     reported, and the backend gap, activations in 8 bits, is 20 dB or more. Without --data the pictures
-    are random blocks. Exit 1 if a gap is over its limit.
+    are random blocks.
+
+    Then every layer is compared by itself on the first prompt, in prefill and in a step of decode: the
+    residual stream behind attention and FFN, K and V, logits, the vision tower's layers. The first tensor
+    that breaks is named with its module and nodes; or, if each is right alone, that rounding adds up.
+    Exit 1 if a gap or a layer is over its limit.
     """
+    from skipvision_export.benchmark.blame import compare_layers
     from skipvision_export.benchmark.parity import measure_gaps, prompts_from, synthetic_prompts
     from skipvision_export.exporter import source_hash
     from skipvision_export.models.loading import resolve_model
@@ -78,9 +84,12 @@ def validate(
         size, family = source.family.vision_dims(source.config).image_size, source.family
         prompts = synthetic_prompts(samples, size, family.cropped or family.tiled)
     report = measure_gaps(loaded, reference, prompts, max_new_tokens=max_new_tokens, progress=progress)
+    progress("layer by layer")
+    report.by_layer = compare_layers(loaded, reference, prompts[0])
     progress("")
     for gap in report.gaps.values():
         print(gap_line(gap))
+    print(report.by_layer.line())
     finish(report.to_json(), json)
     failed = {name: gap.failures() for name, gap in report.gaps.items() if gap.failures()}
     if failed:
@@ -88,6 +97,8 @@ def validate(
         raise CheckFailed(
             f"{bundle} is not equal to {model}: over the limit: {', '.join(failed)} ({reasons})"
         )
+    if not report.passed:
+        raise CheckFailed(f"{bundle} is not equal to {model}: a layer breaks, see above")
 
 
 def gap_line(gap: Gap) -> str:
