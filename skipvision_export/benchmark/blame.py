@@ -160,6 +160,16 @@ def judge(bundle: Bundle, recorded: Recorded) -> LayerReport:
     return _Comparison(bundle, recorded).report()
 
 
+def residual_stream(taps: TorchTaps, call: Call) -> dict[str, Array]:
+    """The residual stream behind attention and FFN of each layer, [B, S, D]."""
+    behind = [*taps.decoder_layers[1:], taps.last_norm]
+    found = {}
+    for i, (ffn, after) in enumerate(zip(taps.ffns, behind, strict=True)):
+        found[f"layers.{i}.attention"] = call.entered[ffn]
+        found[f"layers.{i}.ffn"] = call.entered[after]
+    return found
+
+
 class _Comparison:
     def __init__(self, bundle: Bundle, recorded: Recorded) -> None:
         self.bundle = bundle
@@ -226,7 +236,7 @@ class _Comparison:
     def _prefill(self, feeds: dict[str, Array], embeds: Array) -> dict[str, Array]:
         """Compare each form of prefill; returns K and V in the chain, of the form that ONNX Runtime runs."""
         call = self.taps.steps[0]
-        expected = self._stream(call)
+        expected = residual_stream(self.taps, call)
         expected |= {name: kv[None] for name, kv in zip(self._present, self.done.kv, strict=True)}
         expected["logits"] = self.done.logits[0]
         given = feeds | {"inputs_embeds": call.entered["inputs_embeds"]}
@@ -241,7 +251,7 @@ class _Comparison:
         """Compare each form of decode, on the cache that the reference's prefill left, and on the chain's."""
         call, generator = self.taps.steps[1], self.bundle.generator
         cached = self.done.kv_tokens_after_prefill
-        expected = self._stream(call)
+        expected = residual_stream(self.taps, call)
         layers = self.taps.cache.layers
         for i, layer in enumerate(layers):
             for kind, tensor in (("key", layer.keys), ("value", layer.values)):
@@ -277,15 +287,6 @@ class _Comparison:
     def _tapped(self, graph: str, find: Callable[[ir.Graph], Sequence[Tap]]) -> TappedGraph:
         return TappedGraph(self._files[graph], find, self.bundle.backend.providers)
 
-    def _stream(self, call: Call) -> dict[str, Array]:
-        """The residual stream behind attention and FFN of each layer."""
-        behind = [*self.taps.decoder_layers[1:], self.taps.last_norm]
-        found = {}
-        for i, (ffn, after) in enumerate(zip(self.taps.ffns, behind, strict=True)):
-            found[f"layers.{i}.attention"] = call.entered[ffn]
-            found[f"layers.{i}.ffn"] = call.entered[after]
-        return found
-
     def _decoder_taps(self, graph: ir.Graph, call: Call) -> list[Tap]:
         first = [call.first_of(layer) for layer in self.taps.decoder_layers]
         behind = [*first[1:], self.taps.last_norm]
@@ -319,7 +320,7 @@ class _Comparison:
         chained = tapped.run(feeds if chain is None else chain)
         given = {name: same_rows(expected[name], chained[name]) for name in tapped.names}
         alone, _ = tapped.from_given(feeds, given)
-        for name in sorted((name for name in expected if name in alone), key=_place):
+        for name in sorted((name for name in expected if name in alone), key=place):
             rows = (
                 {
                     side: out[name][:, :, new : new + 1]
@@ -386,7 +387,7 @@ def _named(nodes: Sequence[ir.Node]) -> list[str]:
     return [str(node.name) for node in (telling or nodes)[:3]]
 
 
-def _place(name: str) -> tuple[int, int]:
+def place(name: str) -> tuple[int, int]:
     """Where a tensor stands in the order of computation."""
     parts = name.split(".")
     layer = next((int(part) for part in parts if part.isdigit()), None)

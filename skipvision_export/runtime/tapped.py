@@ -25,15 +25,19 @@ class TappedGraph:
     """
 
     def __init__(
-        self, file: Path, find: Callable[[ir.Graph], Sequence[Tap]], providers: Sequence[str]
+        self,
+        file: Path,
+        find: Callable[[ir.Graph], Sequence[Tap]],
+        providers: Sequence[str],
+        read: Callable[[Path], ir.Model] = ir.load,
     ) -> None:
         """Raises PassError where taps are not found."""
-        self._file, self._find, self._providers = file, find, list(providers)
-        self.names = [tap.name for tap in find(ir.load(file).graph)]
+        self._file, self._find, self._providers, self._read = file, find, list(providers), read
+        self.names = [tap.name for tap in find(read(file).graph)]
 
     def run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         """From the graph's inputs on: its outputs, and the values of taps by their names."""
-        model = ir.load(self._file)
+        model = self._read(self._file)
         taps = self._find(model.graph)
         show(model, [tap.value for tap in taps])
         return self._named(self._run(model, feeds), taps, feeds)
@@ -48,7 +52,7 @@ class TappedGraph:
 
         inside: nodes whose float outputs are returned as well, (node, value's name, array) in graph order.
         """
-        model = ir.load(self._file)
+        model = self._read(self._file)
         taps = self._find(model.graph)
         cut(model, taps)
         values = values_of(model.graph, inside) if inside is not None else []
@@ -69,11 +73,11 @@ class TappedGraph:
 
     def nodes(self) -> list[ir.Node]:
         """Its nodes, in order."""
-        return list(ir.load(self._file).graph)
+        return list(self._read(self._file).graph)
 
     def behind(self, name: str) -> list[ir.Node]:
         """Nodes that an output or a tap is computed by, the last first."""
-        graph = ir.load(self._file).graph
+        graph = self._read(self._file).graph
         taps = {tap.name: tap.value for tap in self._find(graph)}
         value = taps.get(name) or next(value for value in graph.outputs if value.name == name)
         found, waiting = dict[ir.Node, None](), [value.producer()]
