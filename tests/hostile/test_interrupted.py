@@ -113,7 +113,7 @@ def test_calibrate_killed(commands, tiny_folder, tmp_path):
     from skipvision_export import SkipVisionConfig
 
     out = tmp_path / "policy.json"
-    args = ["calibrate", tiny_folder, "--data", DATA, "-o", out, "--samples", 2, "--force"]
+    args = ["calibrate", tiny_folder, "--data", DATA, "-o", out, "--samples", 2, "--flops", 0.8, "--force"]
     kill_at_random_moments(
         commands, args, out, lambda: SkipVisionConfig.load(out).layout(64, num_layers=3), 1
     )
