@@ -28,7 +28,7 @@ def recorded(bundle, reference):
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_the_named_layer_is_the_wrong_one(bundle, recorded, tmp_path, part):
-    """Random faults, each in a graph, layer and part that are drawn; 100 of them with SKIPVISION_ALL_TESTS."""
+    """Random faults, each in a graph, layer and part that are drawn; 100 of them in the long run."""
     token = int(recorded.placed.input_ids[0, -1])
     wrong = []
     for seed in range(part, FAULTS, PARTS):
