@@ -22,6 +22,9 @@ SHAPES = {
     "w_both": (D, 2 * HIDDEN),
     "w_down": (HIDDEN, D),
     "w_first": (D, D),
+    "w_route": (D, 4),
+    "experts_up": (4, 2 * HIDDEN, D),
+    "experts_down": (4, D, HIDDEN),
 }
 INTS = {
     "flat_up": [-1, D],
@@ -31,6 +34,7 @@ INTS = {
     "lead": [0, 1],
     "width": [D],
     "zero": [0],
+    "flat_route": [-1, 4],
     "half": [HIDDEN],
     "end": [2 * HIDDEN],
     "last": [-1],
@@ -91,6 +95,11 @@ FORMS = {
     a = com.microsoft.FastGelu(u, b_up) down = MatMul(a, w_down) y = Add({X}, down)""",
     "bias and gelu in one": NORM
     + f"u = MatMul(n, w_up) a = com.microsoft.BiasGelu(u, b_up) d = MatMul(a, w_down) y = Add({X}, d)",
+    "experts": NORM
+    + """r = MatMul(n, w_route) flat = Reshape(r, flat_route)
+    d = com.microsoft.MoE<k=2, activation_type="swiglu", swiglu_fusion=1, normalize_routing_weights=1>
+    (n, flat, experts_up, , experts_down)"""
+    + f" y = Add({X}, d)",
     "fused sums": f"""m = Mul(other, other)
     n, u0, u1, t = com.microsoft.SkipLayerNormalization<epsilon=0.00001>({X}, m, gamma, beta)
     u = MatMul(n, w_up) a = Relu(u) d = MatMul(a, w_down)
@@ -140,6 +149,11 @@ def test_kept_rows_are_as_before_and_others_pass_by(form):
         ("f = Reshape(n, flat_up) g = Gemm<transA=1>(f, w_first) down = Reshape(g, back)", "Gemm.*turns"),
         ("f = Reshape(n, flat_up) d = Gemm(f, w_first) down = Mul(d, n)", "Mul.*joins tokens"),
         ("d = MatMul(n, w_first) down = com.microsoft.Whatever(d)", "Whatever.*not known"),
+        (
+            "d = MatMul(n, w_route) down = com.microsoft.MoE<k=2>(n, d, n, , experts_down)",
+            "MoE.*no constants, but n",
+        ),
+        ("d = MatMul(n, w_first) down = com.microsoft.QMoE<k=1>(w_first, d, q)", "QMoE.*from elsewhere"),
     ],
 )
 def test_what_is_not_proved_is_refused(inside, reason):

@@ -161,6 +161,18 @@ def _matmul_packed(node: ir.Node, known: _Known) -> None:
             raise _NotRowwiseError(f"has no constant matrix, but {value.name}")
 
 
+def _experts(node: ir.Node, known: _Known) -> None:
+    """MoE and QMoE: each row by the experts that its own router probabilities choose."""
+    tokens = node.inputs[0]
+    if tokens is None or tokens not in known or node.inputs[1] not in known:
+        raise _NotRowwiseError("takes tokens and their router probabilities from elsewhere")
+    for value in node.inputs[2:]:
+        if value is not None and not is_constant(value):
+            raise _NotRowwiseError(f"has experts that are no constants, but {value.name}")
+    # Probabilities come as rows [B*S, E] for tokens [B, S, D] too, in the same order.
+    known.ranks[node.outputs[0]] = known.ranks[tokens]
+
+
 def _norm(node: ir.Node, known: _Known) -> None:
     _last_axis(node, known, node.attributes.get_int("axis", -1))
     if len(node.outputs) > 1:
@@ -249,6 +261,8 @@ _RULES: dict[str, _Rule] = {
     "MatMul": _matmul,
     "Gemm": _gemm,
     f"{CONTRIB_DOMAIN}::MatMulNBits": _matmul_packed,
+    f"{CONTRIB_DOMAIN}::MoE": _experts,
+    f"{CONTRIB_DOMAIN}::QMoE": _experts,
     "Shape": _shape,
     "Reshape": _reshape,
     "LayerNormalization": _norm,
