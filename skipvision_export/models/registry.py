@@ -208,7 +208,7 @@ def check_text(text: Any, supported: Sequence[str] = _TEXT_MODELS, *, windows: b
         # Measured with 8 experts, 2 of them chosen, 256 tokens: 2.7 and 226 times PyTorch's time.
         raise ModelError(
             f"the text model is {text.model_type!r}, a mixture of {experts} experts: what PyTorch exports of "
-            "one computes every expert for every token, or copies the chosen experts' weights for each token: "
+            "one computes every expert for every token, or copies the chosen ones' weights for each token: "
             f"either costs more than skipping saves; supported: {', '.join(supported)} (`skipvision rewrite` "
             "takes graphs with ONNX Runtime's MoE operator)"
         )
