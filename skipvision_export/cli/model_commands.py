@@ -201,7 +201,7 @@ def export(
     target: Annotated[
         str,
         typer.Option(
-            help="What will run it: onnxruntime; genai adds what onnxruntime-genai wants of --dense."
+            help="What will run it: onnxruntime; genai or transformers.js add what those want of --dense."
         ),
     ] = "onnxruntime",
     revision: RevisionOption = None,
@@ -240,7 +240,7 @@ def export(
         pass_through=pass_through,
         saved=saved_config(source.folder),
     )
-    layout = check_target(source, config, dtype, target)
+    layout = check_target(source, config, dtype, target, reference_weights)
     checkpoint = check_full(source)
     if reference_weights:
         check_reference(checkpoint, dtype)
