@@ -6,7 +6,16 @@ import sys
 
 import typer
 
-from skipvision_export.cli import build, bundle_commands, calibrate, demo, finetune, model_commands, rewrite
+from skipvision_export.cli import (
+    build,
+    bundle_commands,
+    calibrate,
+    demo,
+    finetune,
+    model_commands,
+    rewrite,
+    serve,
+)
 from skipvision_export.errors import SkipVisionError
 
 app = typer.Typer(
@@ -33,6 +42,7 @@ app.command()(bundle_commands.bench)
 app.command()(bundle_commands.generate)
 app.command()(bundle_commands.evaluate)
 app.command()(build.build)
+app.command()(serve.serve)
 
 
 def main(args: list[str] | None = None) -> None:
