@@ -88,7 +88,7 @@ def turns_text(processor: Any, turns: Sequence[dict[str, Any]], images: int) -> 
     if not processor.chat_template:
         raise InputError("the model has no chat template, so turns cannot be told apart; use generate")
     if any(token in part.get("text", "") for turn in turns for part in turn["content"]):
-        raise InputError(f"leave {token} out of a turn's prompt: its pictures come as pictures")
+        raise InputError(f"leave {token} out of a turn's words: pictures are given apart from them")
     try:
         text: str = processor.apply_chat_template(list(turns), add_generation_prompt=True)
     except (TemplateError, TypeError) as error:
