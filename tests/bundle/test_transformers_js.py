@@ -11,7 +11,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from damage import held, instead_of_input, twin
-from families import write_idefics3
+from families import FAMILIES, write_idefics3
+from full import only_in_full
 from other_runtimes import IMAGE, STEPS, VISUAL, in_pytorch, prompt
 from PIL import Image
 
@@ -19,7 +20,8 @@ from skipvision_export import Bundle, SkipVisionConfig
 from skipvision_export.bundle import check_transformers_js
 from skipvision_export.cli import run
 from skipvision_export.errors import ConfigError
-from skipvision_export.models.loading import load_processor, resolve_model
+from skipvision_export.exporter import trace_skeleton
+from skipvision_export.models.loading import load_model, load_processor, resolve_model
 from skipvision_export.runtime.rounded import load_in_int4
 
 LIMIT = 1e-4
@@ -73,13 +75,23 @@ def test_its_way_answers_as_hugging_face(pictures, folder, traced):
     assert np.abs(found[0] - expected[0]).max() <= LIMIT
 
 
-def in_transformers_js(folder, **given):
+TEXT = "USER: <image>\nWhat is it? ASSISTANT:"
+NOISE = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
+
+
+def in_transformers_js(folder, ids, pixels):
+    """Its answer, and the ids and pixels that its processor makes of NOISE and TEXT."""
     node = shutil.which("node")
     modules = os.environ.get("SKIPVISION_NODE_MODULES", "node_modules")
     if node is None or not (Path(modules) / "@huggingface" / "transformers").is_dir():
         pytest.skip(
             "needs node, and SKIPVISION_NODE_MODULES: where `npm install @huggingface/transformers` put it"
         )
+    image = folder.parent / "picture.png"
+    Image.fromarray(NOISE).save(image)
+    given = {"image": str(image), "prompt": TEXT, "ids": ids.tolist(), "steps": STEPS}
+    if pixels is not None:
+        given["pixels"] = {"data": pixels.ravel().tolist(), "dims": pixels.shape}
     done = subprocess.run(
         [node, PROGRAM, Path(modules).absolute(), folder],
         input=json.dumps(given),
@@ -92,28 +104,39 @@ def in_transformers_js(folder, **given):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("weights", [None, "int4"])
-def test_transformers_js_answers_as_hugging_face(weights, folder, traced, tmp_path):
-    if weights:
-        folder = traced.write(tmp_path / "int4", DENSE, weights=weights, target="transformers.js").folder
-    ids, pixels = prompt(1)
-    image, text = tmp_path / "picture.png", "USER: <image>\nWhat is it? ASSISTANT:"
-    noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
-    Image.fromarray(noise).save(image)
-    found = in_transformers_js(
-        folder,
-        image=str(image),
-        prompt=text,
-        ids=ids.tolist(),
-        pixels={"data": pixels.ravel().tolist(), "dims": pixels.shape},
-        steps=STEPS,
-    )
-    given = load_processor(traced.source.folder)(images=Image.open(image), text=text, return_tensors="np")
+def check_transformers_js_run(folder, source, ids, pixels, logits, tokens):
+    found = in_transformers_js(folder, ids, pixels)
+    given = load_processor(source.folder)(images=Image.fromarray(NOISE), text=TEXT, return_tensors="np")
     assert found["prompt_ids"] == given["input_ids"][0].tolist()
     np.testing.assert_allclose(found["pixels"], given["pixel_values"].ravel(), atol=1e-5)
-    logits, tokens = in_its_way(folder, ids, pixels) if weights else in_pytorch(traced.model, ids, pixels)
     assert found["generated"] == tokens
     assert np.abs(np.array(found["logits"]) - logits[0]).max() <= LIMIT
+
+
+@pytest.mark.parametrize("pictures", [0, 1, 2])
+def test_transformers_js_answers_as_hugging_face(pictures, folder, traced):
+    ids, pixels = prompt(pictures)
+    expected = in_pytorch(traced.model, ids, pixels)
+    check_transformers_js_run(folder, traced.source, ids, pixels, *expected)
+
+
+def test_transformers_js_runs_int4(traced, tmp_path):
+    folder = traced.write(tmp_path / "int4", DENSE, weights="int4", target="transformers.js").folder
+    ids, pixels = prompt(1)
+    check_transformers_js_run(folder, traced.source, ids, pixels, *in_its_way(folder, ids, pixels))
+
+
+@only_in_full
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name.startswith("llava:")])
+def test_every_tower_and_text_model(name, tmp_path):
+    source = resolve_model(FAMILIES[name](tmp_path / "model"))
+    folder = trace_skeleton(source).write(tmp_path / "dense", DENSE, target="transformers.js").folder
+    ids, pixels = prompt(1)
+    logits, tokens = in_pytorch(load_model(source), ids, pixels)
+    found = in_its_way(folder, ids, pixels)
+    assert found[1] == tokens
+    assert np.abs(found[0] - logits).max() <= LIMIT
+    check_transformers_js_run(folder, source, ids, pixels, logits, tokens)
 
 
 def test_int4(traced, tmp_path):
