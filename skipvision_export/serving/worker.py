@@ -118,7 +118,9 @@ class Worker:
     def warm_up(self) -> None:
         """Load the decoder's graphs; raises BackendError and BundleError as they do."""
         word = int(self.bundle.manifest.model.image_token_id == 0)  # any id but the picture's
-        self.bundle.generator.generate(np.full((1, 2), word, np.int64), None, max_new_tokens=2)
+        ids = np.full((1, 2), word, np.int64)
+        # In the thread: what runs engines belongs to the one that it was made in.
+        self._thread.submit(lambda: self.bundle.generator.generate(ids, None, max_new_tokens=2)).result()
 
     def close(self) -> None:
         """Leave what is unfinished, and wait for the thread."""

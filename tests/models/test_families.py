@@ -175,6 +175,9 @@ def test_mixtures_of_experts_are_refused_with_the_reason(kind, experts, tmp_path
         assert run([*asked, str(tmp_path)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert f"a mixture of {experts} experts: what PyTorch exports of one computes every expert" in line
+    (tmp_path / "config.json").write_text('{"architectures": ["Qwen3VLMoeForConditionalGeneration"]}')
+    assert run(["inspect", str(tmp_path)]) == 2
+    assert "Qwen3VLMoeForConditionalGeneration, a mixture of experts: what" in capsys.readouterr().err
 
 
 def test_a_selection_that_does_not_fit_the_tower_is_refused(tmp_path):
