@@ -98,7 +98,7 @@ class TracedModel:
         config = family.fitted(hf_config, config)
         dims = family.decoder_dims(hf_config)
         visual = family.visual_tokens(hf_config)
-        layout = check_target(self.source, config, self.dtype, target, reference_weights)
+        layout = check_target(self.source, config, self.dtype, target, weights, reference_weights)
         context = PassContext(
             num_layers=dims.num_layers,
             vision_layers=family.vision_dims(hf_config).num_layers,
@@ -187,11 +187,15 @@ def trace_skeleton(
 ) -> TracedModel:
     """The same graphs without loading the weights: they stay in the checkpoint until `write`.
 
-    Takes a few seconds and some hundred megabytes, however large the model is.
+    Takes a few seconds and some hundred megabytes, however large the model is; but a mixture of experts is
+    loaded whole.
     """
     from skipvision_export.graph.trace import trace
     from skipvision_export.models.skeleton import load_skeleton
 
+    if is_mixture(source):
+        # Their matrices are joined as they load, so that none is a tensor of the checkpoint any more.
+        return trace_model(source, dtype, progress)
     _check(source, dtype)
     progress("laying out the model")
     skeleton = load_skeleton(source, dtype)
@@ -199,8 +203,18 @@ def trace_skeleton(
     return TracedModel(source, None, steps, dtype)
 
 
+def is_mixture(source: ModelSource) -> bool:
+    """Has the text model experts? Then all weights are loaded for an export."""
+    return bool(source.family.decoder_dims(source.config).experts)
+
+
 def check_target(
-    source: ModelSource, config: SkipVisionConfig, dtype: str, target: str, reference_weights: bool = False
+    source: ModelSource,
+    config: SkipVisionConfig,
+    dtype: str,
+    target: str,
+    weights: str | None = None,
+    reference_weights: bool = False,
 ) -> TokenLayout:
     """The layout of a configuration, where the runtime that a bundle is for can run it.
 
@@ -209,6 +223,16 @@ def check_target(
     if target not in TARGETS:
         raise ConfigError(f"target {target!r} is not supported; supported: {', '.join(TARGETS)}")
     layout = source.family.layout(source.config, config)
+    if reference_weights and is_mixture(source):
+        raise ConfigError(
+            "a mixture's experts are taken apart, so their matrices cannot stay in the model's files; leave "
+            "out --reference-weights"
+        )
+    if (weights or dtype != "float32") and is_mixture(source):
+        raise ConfigError(
+            f"{weights or dtype} rounds what chooses a mixture's experts: a token may go through others than "
+            "in PyTorch, and no error is bounded then; use --dtype float32, without --weights"
+        )
     if target == GENAI:
         check_genai(layout, source.family, dtype)
     if target == TRANSFORMERS_JS:
@@ -258,11 +282,11 @@ def export(
     config = config or saved_config(source.folder)
     if config is None:
         raise ConfigError(f"{model} carries no configuration of its own; give one, such as a preset")
-    check_target(source, config, dtype, target, reference_weights)
+    check_target(source, config, dtype, target, weights, reference_weights)
     checkpoint = _check(source, dtype)
     if reference_weights:
         check_reference(checkpoint, dtype)
-    check_room(checkpoint, dtype, out, reference_weights)
+    check_room(checkpoint, dtype, out, reference_weights, is_mixture(source))
     traced = trace_skeleton(source, dtype, progress)
     progress("rewriting and writing")
     return traced.write(out, config, force, weights, reference_weights, target)

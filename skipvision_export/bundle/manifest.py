@@ -110,6 +110,8 @@ class ModelInfo(StrictModel):
     vocab_size: int
     visual_tokens: int
     image_token_id: int
+    experts: int = 0
+    experts_per_token: int = 0
     tiled: bool = False
     max_positions: int | None = None
 

@@ -32,6 +32,7 @@ from skipvision_export.graph.passes.names import (
     VISION,
 )
 from skipvision_export.graph.passes.native_gqa import NativeGQAPass
+from skipvision_export.graph.passes.own_sizes import OwnSizesPass
 from skipvision_export.graph.passes.pack_projections import PackProjectionsPass
 from skipvision_export.graph.passes.shared_kv import SharedKVPass
 from skipvision_export.graph.passes.skip_ffn import SkipFFNPass
@@ -69,16 +70,17 @@ class PassContext:
 def passes_for(graph: str, context: PassContext) -> list[ir.passes.InPlacePass]:
     """The passes of one graph of a bundle, in order.
 
-    The last layer's rows go before Skip-FFN, which splits what is left of its FFN another way, and
-    after the strict mask, which has a row for each query. Skip-FFN comes before anything that would
-    fuse the residual Add away. KV-prune comes after those that look at the graph's outputs: it renames
-    them. Projections are packed when all is where it stays, int4 weights come last: no other pass knows
-    their operator.
+    Sizes of experts' rows come first: no FFN of a mixture is found without them. The last layer's rows go
+    before Skip-FFN, which splits what is left of its FFN another way, and after the strict mask, which has a
+    row for each query. Skip-FFN comes before anything that would fuse the residual Add away. KV-prune comes
+    after those that look at the graph's outputs: it renames them. Projections are packed when all is where
+    it stays, int4 weights come last: no other pass knows their operator.
     """
     config, layout = context.config, context.layout
     weights: list[ir.passes.InPlacePass] = [each for each in (context.pack, context.int4) if each]
     tiers = [layout.layer_tier(layer) for layer in range(context.num_layers)]
     prefill: list[ir.passes.InPlacePass] = [
+        OwnSizesPass(),
         HalfRotaryPass(),
         NativeGQAPass(),
         *([WiderMaskPass(context.sees)] if context.sees != "before" else []),
