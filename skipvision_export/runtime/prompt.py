@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,12 +57,16 @@ def decode_image(
     formats: PIL's names of those to try, all by default; most: of its pixels, seen before it is decoded.
     """
     try:
-        with Image.open(source, formats=formats) as picture:
-            if most is not None and picture.width * picture.height > most:
-                size = f"{picture.width} x {picture.height}"
-                raise InputError(f"{what} has {size} pixels, over the limit of {most}; make it smaller")
-            return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it says of a broken file ends in the error, if in one
+            with Image.open(source, formats=formats) as picture:
+                if most is not None and picture.width * picture.height > most:
+                    size = f"{picture.width} x {picture.height}"
+                    raise InputError(f"{what} has {size} pixels, over the limit of {most}; make it smaller")
+                return picture.convert("RGB")
+    except InputError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many kinds on broken files
         raise InputError(f"{what} is truncated or no picture ({error})") from None
 
 
