@@ -19,14 +19,18 @@ from skipvision_export.bundle import (
     check_output,
     check_reference,
     check_room,
+    check_transformers_js,
+    decoder_stem,
     file_table,
+    transformers_js_stems,
     write_genai,
     write_graphs,
+    write_transformers_js,
 )
 from skipvision_export.config import SkipVisionConfig
 from skipvision_export.errors import ConfigError, ModelError
 from skipvision_export.graph.passes import PassContext
-from skipvision_export.graph.passes.names import DECODE, GENAI, ONNXRUNTIME, PREFILL
+from skipvision_export.graph.passes.names import DECODE, GENAI, ONNXRUNTIME, PREFILL, TRANSFORMERS_JS
 from skipvision_export.layout import TokenLayout
 from skipvision_export.models.checkpoint import Checkpoint
 from skipvision_export.models.loading import (
@@ -44,7 +48,7 @@ if TYPE_CHECKING:
     from skipvision_export.runtime.pipeline import Bundle
 
 DTYPES = ("float32", "float16", "bfloat16")
-TARGETS = (ONNXRUNTIME, GENAI)
+TARGETS = (ONNXRUNTIME, GENAI, TRANSFORMERS_JS)
 _TOOLS = ("skipvision-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 
 Progress = Callable[[str], None]
@@ -73,7 +77,8 @@ class TracedModel:
     ) -> Bundle:
         """Rewrite the graphs for `config` and write a bundle; atomic.
 
-        target: the runtime that it is for; genai gets what `write_genai` says beside the rest.
+        target: the runtime that it is for; genai gets what `write_genai` says beside the rest,
+        transformers.js the names of `transformers_js_stems` and what `write_transformers_js` says.
         weights: what the decoder's matrices become; None leaves them in the traced type.
         reference_weights: those of `trace_skeleton` that keep their type are linked, see `export`.
         """
@@ -93,7 +98,7 @@ class TracedModel:
         config = family.fitted(hf_config, config)
         dims = family.decoder_dims(hf_config)
         visual = family.visual_tokens(hf_config)
-        layout = check_target(self.source, config, self.dtype, target)
+        layout = check_target(self.source, config, self.dtype, target, weights, reference_weights)
         context = PassContext(
             num_layers=dims.num_layers,
             vision_layers=family.vision_dims(hf_config).num_layers,
@@ -116,8 +121,13 @@ class TracedModel:
                     turn_in_graph(model)
             shared = tuple(name for name in models if name.split(".")[0] in (PREFILL, DECODE))
             reader = SourceReader(self.source.folder)
-            written = write_graphs(models, folder, shared, "decoder.onnx_data", reader, reference_weights)
+            for_js = target == TRANSFORMERS_JS
+            data = f"{decoder_stem(weights)}.onnx_data" if for_js else "decoder.onnx_data"
+            stems = transformers_js_stems(weights) if for_js else None
+            written = write_graphs(models, folder, shared, data, reader, reference_weights, stems)
             copy_companions(self.source.folder, folder)
+            if for_js:
+                write_transformers_js(folder, weights)
             if target == GENAI:
                 write_genai(folder, self.source, eos_tokens(folder, load_processor(folder)))
             manifest = Manifest(
@@ -176,11 +186,15 @@ def trace_skeleton(
 ) -> TracedModel:
     """The same graphs without loading the weights: they stay in the checkpoint until `write`.
 
-    Takes a few seconds and some hundred megabytes, however large the model is.
+    Takes a few seconds and some hundred megabytes, however large the model is; but a mixture of experts is
+    loaded whole.
     """
     from skipvision_export.graph.trace import trace
     from skipvision_export.models.skeleton import load_skeleton
 
+    if is_mixture(source):
+        # Their matrices are joined as they load, so that none is a tensor of the checkpoint any more.
+        return trace_model(source, dtype, progress)
     _check(source, dtype)
     progress("laying out the model")
     skeleton = load_skeleton(source, dtype)
@@ -188,7 +202,19 @@ def trace_skeleton(
     return TracedModel(source, None, steps, dtype)
 
 
-def check_target(source: ModelSource, config: SkipVisionConfig, dtype: str, target: str) -> TokenLayout:
+def is_mixture(source: ModelSource) -> bool:
+    """Has the text model experts? Then all weights are loaded for an export."""
+    return bool(source.family.decoder_dims(source.config).experts)
+
+
+def check_target(
+    source: ModelSource,
+    config: SkipVisionConfig,
+    dtype: str,
+    target: str,
+    weights: str | None = None,
+    reference_weights: bool = False,
+) -> TokenLayout:
     """The layout of a configuration, where the runtime that a bundle is for can run it.
 
     Raises ConfigError for a configuration that does not fit the model, or not the target.
@@ -196,8 +222,20 @@ def check_target(source: ModelSource, config: SkipVisionConfig, dtype: str, targ
     if target not in TARGETS:
         raise ConfigError(f"target {target!r} is not supported; supported: {', '.join(TARGETS)}")
     layout = source.family.layout(source.config, config)
+    if reference_weights and is_mixture(source):
+        raise ConfigError(
+            "a mixture's experts are taken apart, so their matrices cannot stay in the model's files; leave "
+            "out --reference-weights"
+        )
+    if (weights or dtype != "float32") and is_mixture(source):
+        raise ConfigError(
+            f"{weights or dtype} rounds what chooses a mixture's experts: a token may go through others than "
+            "in PyTorch, and no error is bounded then; use --dtype float32, without --weights"
+        )
     if target == GENAI:
         check_genai(layout, source.family, dtype)
+    if target == TRANSFORMERS_JS:
+        check_transformers_js(layout, source, dtype, reference_weights)
     return layout
 
 
@@ -229,7 +267,8 @@ def export(
     reference_weights: weights that are of `dtype` already are not copied; the bundle holds hard links to
     the model's files, so it needs their file system, and must be exported again once they are changed
     (moved or deleted they may be). target: "genai" adds what onnxruntime-genai needs to run a dense
-    bundle. What can be refused without the weights is refused before they load.
+    bundle, "transformers.js" what that does. What can be refused without the weights is refused before
+    they load.
     Raises ModelError, ConfigError, OutputError and PassError.
     """
     from skipvision_export.graph.int4 import check_weights
@@ -242,11 +281,11 @@ def export(
     config = config or saved_config(source.folder)
     if config is None:
         raise ConfigError(f"{model} carries no configuration of its own; give one, such as a preset")
-    check_target(source, config, dtype, target)
+    check_target(source, config, dtype, target, weights, reference_weights)
     checkpoint = _check(source, dtype)
     if reference_weights:
         check_reference(checkpoint, dtype)
-    check_room(checkpoint, dtype, out, reference_weights)
+    check_room(checkpoint, dtype, out, reference_weights, is_mixture(source))
     traced = trace_skeleton(source, dtype, progress)
     progress("rewriting and writing")
     return traced.write(out, config, force, weights, reference_weights, target)

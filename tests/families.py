@@ -40,6 +40,7 @@ from transformers import (
     LlavaOnevisionImageProcessorPil,
     LlavaOnevisionProcessor,
     MistralConfig,
+    MixtralConfig,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     PaliGemmaProcessor,
@@ -62,6 +63,7 @@ TEXT = {
     "mistral": MistralConfig,
     "gemma": GemmaConfig,
     "phi3": Phi3Config,
+    "mixtral": MixtralConfig,
 }
 # Text models that come in one family only.
 OWN_TEXT = {"gemma3_text": Gemma3TextConfig}
@@ -79,7 +81,9 @@ def text_config(kind: str, layers: int = 2):
         "eos_token_id",
     )
     more = {"head_dim": 24} if kind in ("qwen3", "gemma", "gemma3_text") else {}
-    if kind == "mistral":
+    if kind == "mixtral":
+        more |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+    if kind in ("mistral", "mixtral"):
         more["sliding_window"] = None
     if kind == "phi3":
         more["original_max_position_embeddings"] = values["max_position_embeddings"]

@@ -21,7 +21,7 @@ LAYERS = [
     {"bundle", "graph"},
     {"runtime", "exporter", "rewriting", "training", "tensorrt"},
     {"benchmark"},
-    {"report", "calibration"},
+    {"report", "calibration", "serving", "evaluation"},
     {"cli"},
     {"__main__"},
 ]

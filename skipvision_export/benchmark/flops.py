@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import onnx
 
@@ -54,7 +55,7 @@ def layers_flops(dims: DecoderDims, layout: TokenLayout, text_tokens: int, *, la
         total += 2 * length * d * 2 * kv  # k and v
         total += 2 * queries * 2 * d * q  # q and o
         total += 2 * 2 * queries * length * q
-        total += 3 * 2 * rows * d * dims.intermediate_size
+        total += 2 * rows * dims.ffn_products
     return total
 
 
@@ -67,7 +68,7 @@ def visual_flops_share(dims: DecoderDims, layout: TokenLayout, visual_tokens: in
     """
     d, q = dims.hidden_size, dims.num_heads * dims.head_dim
     attention = 2 * d * (q + dims.num_kv_heads * dims.head_dim)
-    ffn = 3 * d * dims.intermediate_size
+    ffn = dims.ffn_products
     rows = sum(layout.ffn_tokens(layer) for layer in range(dims.num_layers))
     left = dims.num_layers * layout.total * attention + rows * ffn
     return left / (dims.num_layers * visual_tokens * (attention + ffn))
@@ -78,14 +79,16 @@ def kv_bytes(dims: DecoderDims, tokens: int, dtype: str = "float32") -> int:
     return 2 * dims.num_layers * dims.num_kv_heads * dims.head_dim * tokens * DTYPE_BYTES[dtype]
 
 
-def count_flops(model: onnx.ModelProto, sizes: dict[str, int]) -> int:
+def count_flops(model: onnx.ModelProto, sizes: dict[str, int], experts_share: float = 1.0) -> int:
     """Count over a graph's MatMul (MatMulNBits too), Gemm and Attention nodes; weights need not be loaded.
 
     sizes: a number for each named dimension of the inputs, such as {"batch": 1, "sequence": 640}.
+    experts_share: of a mixture, the share of experts that a row goes through.
     Raises ValueError where a node's shape does not follow from them.
     """
     model = onnx.ModelProto.FromString(model.SerializeToString())
     _full_matrices(model.graph)
+    picked = _pick_all(model.graph)
     for value in model.graph.input:
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:
@@ -111,7 +114,8 @@ def count_flops(model: onnx.ModelProto, sizes: dict[str, int]) -> int:
     for node in inferred.graph.node:
         if node.op_type == "MatMul":
             inner = shape(node.input[0], node)[-1]
-            total += 2 * math.prod(shape(node.output[0], node)) * inner
+            share = Fraction(experts_share).limit_denominator(4096) if node.output[0] in picked else 1
+            total += int(2 * math.prod(shape(node.output[0], node)) * inner * share)
         elif node.op_type == "Gemm":
             trans = next((a.i for a in node.attribute if a.name == "transA"), 0)
             inner = shape(node.input[0], node)[0 if trans else 1]
@@ -122,6 +126,23 @@ def count_flops(model: onnx.ModelProto, sizes: dict[str, int]) -> int:
             value_size = shape(node.input[2], node)[3]
             total += 2 * batch * heads * queries * keys * (size + value_size)
     return total
+
+
+def _pick_all(graph: onnx.GraphProto) -> set[str]:
+    """Experts' rows, picked by NonZero, as all rows, whose number is known; returns what is made of them.
+
+    Together the experts get each row as often as it has experts.
+    """
+    picked: set[str] = set()
+    for node in graph.node:
+        if node.op_type == "GatherND" and node.input[1] in picked:
+            node.CopyFrom(onnx.helper.make_node("Identity", node.input[:1], node.output))
+            picked.add(node.output[0])
+        elif node.op_type == "ScatterND" and node.input[1] in picked:
+            node.CopyFrom(onnx.helper.make_node("Identity", node.input[:1], node.output))
+        elif node.op_type == "NonZero" or picked.intersection(node.input):
+            picked.update(node.output)
+    return picked
 
 
 def _full_matrices(graph: onnx.GraphProto) -> None:

@@ -33,7 +33,7 @@ def peak_memory(
 
 def _decoder_weights(dims: DecoderDims) -> int:
     d, q, kv = dims.hidden_size, dims.num_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim
-    layer = 2 * d * q + 2 * d * kv + 3 * d * dims.intermediate_size
+    layer = 2 * d * q + 2 * d * kv + dims.ffn_weights
     return dims.num_layers * layer + d * dims.vocab_size
 
 

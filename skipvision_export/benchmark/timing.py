@@ -166,7 +166,9 @@ def graph_flops(bundle: Bundle, text_tokens: int) -> int:
     sizes = {"batch": 1, "sequence": text_tokens + layout.total, "kept": text_tokens + layout.kept_kv}
     for tier in layout.used_tiers():
         sizes[ffn_dim_name(tier)] = text_tokens + sum(layout.ffn_mask(tier))
-    return count_flops(onnx.load(file, load_external_data=False), sizes)
+    dims = decoder_dims(bundle)
+    share = dims.experts_per_token / dims.experts if dims.experts else 1.0
+    return count_flops(onnx.load(file, load_external_data=False), sizes, share)
 
 
 def peak_rss_mb(bundle: Bundle, settings: BenchSettings) -> float:

@@ -27,6 +27,12 @@ from skipvision_export.bundle.output import (
 )
 from skipvision_export.bundle.references import check_reference
 from skipvision_export.bundle.room import check_room
+from skipvision_export.bundle.transformers_js import (
+    check_transformers_js,
+    decoder_stem,
+    transformers_js_stems,
+    write_transformers_js,
+)
 
 __all__ = [
     "GENAI_CONFIG",
@@ -48,11 +54,15 @@ __all__ = [
     "check_output_file",
     "check_reference",
     "check_room",
+    "check_transformers_js",
+    "decoder_stem",
     "file_table",
     "load_graph",
     "seal",
     "sha256_of",
+    "transformers_js_stems",
     "write_genai",
     "write_graphs",
     "write_text",
+    "write_transformers_js",
 ]

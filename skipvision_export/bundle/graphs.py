@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,8 +45,9 @@ def write_graphs(
     data_name: str,
     source: SourceReader | None = None,
     reference: bool = False,
+    stems: Mapping[str, str] | None = None,
 ) -> Written:
-    """Save `graphs` as folder/onnx/NAME.onnx.
+    """Save `graphs` as folder/onnx/NAME.onnx, or STEM.onnx where `stems` says so.
 
     Tensors of the graphs named in `shared` go to one file `data_name`, equal ones once; other graphs
     hold their weights unless they are too large for a protobuf, then they go to one file for a graph
@@ -75,12 +76,13 @@ def write_graphs(
         _externalize(places, source, links)
     if links is not None and source is not None:
         files |= links.table(source)
+    at = {name: f"{target.name}/{(stems or {}).get(name, name)}.onnx" for name in graphs}
     for name, model in graphs.items():
-        file = target / f"{name}.onnx"
+        file = folder / at[name]
         ir.save(model, file)
         _check(file, linked=links is not None)
     return Written(
-        {name: describe(model, f"onnx/{name}.onnx") for name, model in graphs.items()},
+        {name: describe(model, at[name]) for name, model in graphs.items()},
         files,
         {f"{target.name}/{name}": source.name for source, name in links.names.items()} if links else {},
     )

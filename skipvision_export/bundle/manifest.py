@@ -153,6 +153,8 @@ class ModelInfo(StrictModel):
     vocab_size: int
     visual_tokens: int
     image_token_id: int
+    experts: int = 0
+    experts_per_token: int = 0
     tiled: bool = False
     max_positions: int | None = None
 
@@ -172,8 +174,8 @@ class Manifest(VersionedModel):
     """The whole manifest; `load` checks its schema version first.
 
     variants: other forms of a graph: `GRAPH.RUNTIME` gives what the graph gives, for one runtime (those
-    for genai: the features of all pictures as one matrix); `decoder_prefill.append` is prefill that takes
-    the cache of the turns before, as decode does.
+    for genai: the features of all pictures as one matrix; for transformers.js: embeddings of ids alone);
+    `decoder_prefill.append` is prefill that takes the cache of the turns before, as decode does.
     dtype: of the arithmetic, and of the weights unless `weights` says that the decoder's matrices have
     less bits.
     prompt: for runtimes without Jinja; absent where there is no template, or it does more than put

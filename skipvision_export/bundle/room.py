@@ -18,11 +18,13 @@ _BASE_MEMORY = 600 << 20
 _STREAM_MEMORY = 640 << 20
 
 
-def check_room(checkpoint: Checkpoint, dtype: str, out: Path, reference: bool = False) -> None:
+def check_room(
+    checkpoint: Checkpoint, dtype: str, out: Path, reference: bool = False, whole: bool = False
+) -> None:
     """Raise RoomError where the disk of `out` or the free memory is too small for an export to `dtype`.
 
     The estimate takes every weight of the checkpoint as written, with `reference` those of another type,
-    and the largest one as held in memory.
+    and the largest one as held in memory; whole: all of them, and once more as they are turned around.
     """
     written = [t for t in checkpoint.tensors.values() if not (reference and t.dtype == dtype)]
     disk = sum(math.prod(t.shape) for t in written) * DTYPE_BYTES[dtype]
@@ -33,7 +35,7 @@ def check_room(checkpoint: Checkpoint, dtype: str, out: Path, reference: bool = 
             f"the bundle takes about {_gb(disk)} in {dtype}, but {above} has {_gb(free)} left; "
             "free some, choose another output folder, or a smaller --dtype"
         )
-    memory = memory_needed(checkpoint)
+    memory = memory_needed(checkpoint) + (2 * disk if whole else 0)
     available = psutil.virtual_memory().available
     if memory > available:
         raise RoomError(

@@ -7,7 +7,16 @@ import sys
 
 import typer
 
-from skipvision_export.cli import build, bundle_commands, calibrate, demo, finetune, model_commands, rewrite
+from skipvision_export.cli import (
+    build,
+    bundle_commands,
+    calibrate,
+    demo,
+    finetune,
+    model_commands,
+    rewrite,
+    serve,
+)
 from skipvision_export.errors import RoomError, SkipVisionError
 
 app = typer.Typer(
@@ -34,6 +43,7 @@ app.command()(bundle_commands.bench)
 app.command()(bundle_commands.generate)
 app.command()(bundle_commands.evaluate)
 app.command()(build.build)
+app.command()(serve.serve)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -201,7 +201,7 @@ def export(
     target: Annotated[
         str,
         typer.Option(
-            help="What will run it: onnxruntime; genai adds what onnxruntime-genai wants of --dense."
+            help="What will run it: onnxruntime; genai or transformers.js add what those want of --dense."
         ),
     ] = "onnxruntime",
     revision: RevisionOption = None,
@@ -218,7 +218,7 @@ def export(
     Example: skipvision export llava-hf/llava-1.5-7b-hf -o bundle --preset skip-75
     """
     from skipvision_export.bundle import check_output, check_reference, check_room
-    from skipvision_export.exporter import DTYPES, check_target, trace_skeleton
+    from skipvision_export.exporter import DTYPES, check_target, is_mixture, trace_skeleton
     from skipvision_export.graph.int4 import check_weights
     from skipvision_export.method.saved import saved_config
     from skipvision_export.models.loading import check_full, resolve_model
@@ -240,11 +240,11 @@ def export(
         pass_through=pass_through,
         saved=saved_config(source.folder),
     )
-    layout = check_target(source, config, dtype, target)
+    layout = check_target(source, config, dtype, target, weights, reference_weights)
     checkpoint = check_full(source)
     if reference_weights:
         check_reference(checkpoint, dtype)
-    check_room(checkpoint, dtype, output, reference_weights)
+    check_room(checkpoint, dtype, output, reference_weights, is_mixture(source))
     result: dict[str, Any] = {
         "bundle": str(output),
         "preset": config.name,

@@ -217,6 +217,6 @@ def _form(ffn: Branch) -> str:
     products = Counter(node.op_type for node in ffn.nodes if is_product(node))
     kinds = [node.op_type for node in ffn.nodes]
     norm = next((kind for kind in kinds if kind in _NORMS), "norm of simple operators")
-    cut = [kind for kind in dict.fromkeys(kinds) if kind in ("Split", "Slice")]
+    cut = [kind for kind in dict.fromkeys(kinds) if kind in ("Split", "Slice", "MoE", "QMoE")]
     acts = [kind for kind in dict.fromkeys(kinds) if kind in _ACTIVATIONS]
     return ", ".join([norm, *(f"{n} {kind}" for kind, n in products.items()), *cut, *acts])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from skipvision_export.graph.clean import clean, name_dims
+from skipvision_export.graph.experts import traced_by_rows
 from skipvision_export.graph.fold import Weights, optimize_without_weights, settle_small
 from skipvision_export.graph.passes.names import DECODE, EMBED, PREFILL, VISION, present_names
 from skipvision_export.graph.prefill import prefill_from_decode
@@ -196,7 +197,7 @@ def _exporting(model: nn.Module) -> Iterator[None]:
         model.set_attn_implementation("sdpa")  # type: ignore[operator]
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), traced_by_rows(model):
             warnings.simplefilter("ignore")
             yield
     finally:

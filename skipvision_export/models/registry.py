@@ -26,7 +26,11 @@ THUMBNAIL_SELECTOR = "thumbnail"
 
 @dataclass(frozen=True)
 class DecoderDims:
-    """Sizes of the text decoder that FLOPs and K/V bytes follow from."""
+    """Sizes of the text decoder that FLOPs and K/V bytes follow from.
+
+    experts: in each layer, each with an FFN of `intermediate_size`; a token goes through
+    `experts_per_token` of them. 0 of an FFN that all tokens go through.
+    """
 
     num_layers: int
     hidden_size: int
@@ -35,6 +39,22 @@ class DecoderDims:
     head_dim: int
     intermediate_size: int
     vocab_size: int
+    experts: int = 0
+    experts_per_token: int = 0
+
+    @property
+    def ffn_products(self) -> int:
+        """Multiplications of one token in a layer's FFN, the choice of experts included."""
+        return self._ffn(self.experts_per_token)
+
+    @property
+    def ffn_weights(self) -> int:
+        """Numbers in a layer's FFN."""
+        return self._ffn(self.experts)
+
+    def _ffn(self, experts: int) -> int:
+        gate_up_down = 3 * self.hidden_size * self.intermediate_size
+        return gate_up_down * (experts or 1) + self.hidden_size * self.experts
 
 
 @dataclass(frozen=True)
@@ -190,8 +210,16 @@ class ModelFamily:
         return layer.post_attention_layernorm, layer.mlp  # type: ignore[return-value]
 
 
-# Text models whose layers stand as Llama's do: RMS norm, attention, RMS norm, gated MLP.
-_TEXT_MODELS = ("llama", "qwen2", "qwen3", "mistral", "gemma", "phi3")
+# Text models whose layers stand as Llama's do: RMS norm, attention, RMS norm, gated MLP or experts of it.
+_TEXT_MODELS = ("llama", "qwen2", "qwen3", "mistral", "gemma", "phi3", "mixtral")
+# How transformers' configurations name the number of a text model's experts.
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+# Each is 17 nodes of every layer in a graph.
+_MOST_EXPERTS = 16
+_NO_MIXTURE = (
+    f"supported: mixtral, of up to {_MOST_EXPERTS}, as each is traced into every layer (`skipvision rewrite` "
+    "takes graphs with ONNX Runtime's MoE operator, of any number)"
+)
 
 
 def check_text(text: Any, supported: Sequence[str] = _TEXT_MODELS, *, windows: bool = False) -> None:
@@ -199,6 +227,11 @@ def check_text(text: Any, supported: Sequence[str] = _TEXT_MODELS, *, windows: b
 
     windows: whether layers may have sliding windows; then no sequence may be longer than those.
     """
+    experts = next(filter(None, (getattr(text, name, None) for name in _EXPERTS)), 0)
+    if experts and (text.model_type not in supported or experts > _MOST_EXPERTS):
+        raise ModelError(
+            f"the text model is {text.model_type!r}, a mixture of {experts} experts; {_NO_MIXTURE}"
+        )
     if text.model_type not in supported:
         raise ModelError(f"the text model is {text.model_type!r}; supported: {', '.join(supported)}")
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
@@ -233,6 +266,8 @@ def text_dims(text: Any) -> DecoderDims:
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         intermediate_size=text.intermediate_size,
         vocab_size=text.vocab_size,
+        experts=getattr(text, "num_local_experts", 0),
+        experts_per_token=getattr(text, "num_experts_per_tok", 0),
     )
 
 
@@ -282,6 +317,8 @@ def family_of(architectures: list[str] | None, where: str) -> ModelFamily:
             raise ModelError(
                 f"{where} names {architecture}, in which nothing can be skipped: {_REFUSED[architecture]}"
             )
+        if "moe" in architecture.lower():
+            raise ModelError(f"{where} names {architecture}, a mixture of experts; {_NO_MIXTURE}")
     found = ", ".join(architectures or []) or "no architecture at all"
     raise ModelError(
         f"{where} names {found}, which is not supported; supported: {', '.join(supported_architectures())}"

@@ -39,11 +39,11 @@ def load_skeleton(source: ModelSource, dtype: str) -> Skeleton:
     kind = getattr(torch, dtype)
     stored: dict[int, StoredTensor] = {}
     state = {}
-    for key, tensor in checkpoint.tensors.items():
+    for number, (key, tensor) in enumerate(checkpoint.tensors.items()):
         if not tensor.is_float:  # a buffer, such as positions
             state[key] = _read(tensor)
             continue
-        state[key] = torch.empty([1] * len(tensor.shape), dtype=kind).expand(tensor.shape)
+        state[key] = _stand_in(number, kind, len(tensor.shape)).expand(tensor.shape)
         stored[state[key].data_ptr()] = tensor
     model = load_state(source, dtype, state)
     for _, buffer in model.named_buffers():
@@ -59,6 +59,15 @@ def load_skeleton(source: ModelSource, dtype: str) -> Skeleton:
             )
         weights[name] = WeightTensor(name, found, dtype)
     return Skeleton(model, weights, checkpoint)
+
+
+def _stand_in(number: int, kind: torch.dtype, rank: int) -> torch.Tensor:
+    """One number of a type, another one for each tensor: the loader ties parameters that it finds equal."""
+    import torch
+
+    bits = {2: torch.int16, 4: torch.int32}[kind.itemsize]
+    # Below the bits of infinity in float16, the smallest of them.
+    return torch.full([1] * rank, number % 0x7C00, dtype=bits).view(kind)
 
 
 def _read(tensor: StoredTensor) -> torch.Tensor:

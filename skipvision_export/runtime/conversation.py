@@ -9,7 +9,7 @@ import numpy as np
 from skipvision_export.errors import InputError
 from skipvision_export.graph.passes.names import APPEND
 from skipvision_export.runtime.generation import Before, Transcript
-from skipvision_export.runtime.prompt import Picture, Pictures, encode_prompt, listed, user_turn
+from skipvision_export.runtime.prompt import Picture, Pictures, listed, user_turn
 
 if TYPE_CHECKING:
     from skipvision_export.runtime.batch import Ints
@@ -81,16 +81,10 @@ class Conversation:
         Raises InputError for a picture or prompt that cannot be used, and leaves the conversation as it was.
         """
         bundle, new = self._bundle, listed(image)
-        processor = bundle.processor
         if not prompt.strip():
             raise InputError("the prompt is empty; ask something")
-        if processor.image_token in prompt:
-            raise InputError(f"leave {processor.image_token} out of a turn's prompt: its pictures come first")
-        if not processor.chat_template:
-            raise InputError("the model has no chat template, so turns cannot be told apart; use generate")
         turns, pictures = [*self._turns, user_turn(prompt, len(new))], [*self._pictures, *new]
-        text = processor.apply_chat_template(turns, add_generation_prompt=True)
-        inputs = bundle.resized(encode_prompt(processor, pictures, text, bundle.visual_tokens))
+        inputs = bundle.prepare_turns(turns, pictures)
         ids = inputs.input_ids[0]
         known = self._prompt.shared(ids)
         pixels = inputs.pixel_values[self._rows if known else 0 :]

@@ -16,7 +16,15 @@ from skipvision_export.models.loading import load_processor
 from skipvision_export.runtime.conversation import Conversation
 from skipvision_export.runtime.generation import Generator, Transcript
 from skipvision_export.runtime.ort import OrtBackend
-from skipvision_export.runtime.prompt import Pictures, PromptInputs, prepare, resize_placeholders
+from skipvision_export.runtime.prompt import (
+    Picture,
+    Pictures,
+    PromptInputs,
+    encode_prompt,
+    prepare,
+    resize_placeholders,
+    turns_text,
+)
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,15 @@ class Bundle:
     def prepare(self, images: Pictures, prompt: str) -> PromptInputs:
         """Arrays of pictures and a prompt, with the layout's placeholders; raises InputError."""
         return self.resized(prepare(self.processor, images, prompt, self.visual_tokens))
+
+    def prepare_turns(self, turns: Sequence[dict[str, Any]], images: Sequence[Picture]) -> PromptInputs:
+        """Arrays of a conversation's turns, as chat templates take them, and its pictures in their order.
+
+        turns: {"role", "content"} each, the content a list of {"type": "text", "text"} and {"type": "image"}.
+        Raises InputError for turns that the template refuses, and as `prepare`.
+        """
+        text = turns_text(self.processor, turns, len(images))
+        return self.resized(encode_prompt(self.processor, images, text, self.visual_tokens))
 
     @property
     def visual_tokens(self) -> int | None:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -46,13 +46,28 @@ def load_image(image: Picture) -> Image.Image:
     file = Path(image)
     if not file.is_file():
         raise InputError(f"picture {file} does not exist")
+    return decode_image(file, f"picture {file}")
+
+
+def decode_image(
+    source: Path | BinaryIO, what: str, formats: tuple[str, ...] | None = None, most: int | None = None
+) -> Image.Image:
+    """A picture in RGB out of a file or stream; raises InputError that names `what`.
+
+    formats: PIL's names of those to try, all by default; most: of its pixels, seen before it is decoded.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it says of a broken file ends in the error, if in one
-            with Image.open(file) as picture:
+            with Image.open(source, formats=formats) as picture:
+                if most is not None and picture.width * picture.height > most:
+                    size = f"{picture.width} x {picture.height}"
+                    raise InputError(f"{what} has {size} pixels, over the limit of {most}; make it smaller")
                 return picture.convert("RGB")
+    except InputError:
+        raise
     except Exception as error:  # Pillow's decoders raise many kinds on broken files
-        raise InputError(f"picture {file} is truncated or no picture ({error})") from None
+        raise InputError(f"{what} is truncated or no picture ({error})") from None
 
 
 def user_turn(question: str, images: int) -> dict[str, Any]:
@@ -64,6 +79,32 @@ def chat_prompt(processor: Any, question: str, images: int) -> str:
     """The chat template's prompt for a question, one placeholder for each picture."""
     prompt: str = processor.apply_chat_template([user_turn(question, images)], add_generation_prompt=True)
     return prompt
+
+
+def turns_text(processor: Any, turns: Sequence[dict[str, Any]], images: int) -> str:
+    """The chat template's prompt for several turns.
+
+    Raises InputError without a template, for turns that it refuses or a placeholder among their words, and
+    where it has not one place for each picture.
+    """
+    from jinja2 import TemplateError
+
+    token = processor.image_token
+    if not processor.chat_template:
+        raise InputError("the model has no chat template, so turns cannot be told apart; use generate")
+    if any(token in part.get("text", "") for turn in turns for part in turn["content"]):
+        raise InputError(f"leave {token} out of a turn's words: pictures are given apart from them")
+    try:
+        text: str = processor.apply_chat_template(list(turns), add_generation_prompt=True)
+    except (TemplateError, TypeError) as error:
+        why = str(error).splitlines()[0]
+        raise InputError(f"the model's chat template refuses these turns: {why}") from None
+    if text.count(token) != images:
+        raise InputError(
+            f"the model's chat template makes {text.count(token)} places of {images} pictures; give each "
+            "with a turn of the user"
+        )
+    return text
 
 
 def prompt_text(processor: Any, prompt: str, images: int = 1) -> str:

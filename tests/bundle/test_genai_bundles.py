@@ -5,8 +5,8 @@ import json
 import numpy as np
 import onnx_ir as ir
 import pytest
-import torch
 from damage import held, instead_of_input, twin
+from other_runtimes import IMAGE, STEPS, VISUAL, in_pytorch, prompt
 
 from skipvision_export import Bundle, SkipVisionConfig
 from skipvision_export.bundle.genai import check_genai
@@ -14,24 +14,13 @@ from skipvision_export.errors import ConfigError
 from skipvision_export.models import family_of
 from skipvision_export.runtime.rounded import load_in_int4
 
-LIMIT, STEPS, IMAGE, VISUAL = 1e-4, 12, 3, 64
+LIMIT = 1e-4
 DENSE = SkipVisionConfig.dense()
 
 
 @pytest.fixture(scope="module")
 def folder(traced, tmp_path_factory):
     return traced.write(tmp_path_factory.mktemp("genai") / "dense", DENSE, target="genai").folder
-
-
-def prompt(pictures):
-    """Ids with a run of placeholders for each picture, and pixels [N, 3, 96, 96] or None."""
-    rng = np.random.default_rng(pictures)
-    words = rng.integers(4, 280, 20)
-    parts = [words[:5]]
-    for at in range(pictures):
-        parts += [np.full(VISUAL, IMAGE), words[5 + 4 * at : 9 + 4 * at]]
-    ids = np.concatenate([*parts, words[-6:]])
-    return ids, rng.standard_normal((pictures, 3, 96, 96)).astype(np.float32) if pictures else None
 
 
 def in_genai(folder, ids, pixels, steps=STEPS):
@@ -52,21 +41,6 @@ def in_genai(folder, ids, pixels, steps=STEPS):
         logits.append(np.array(generator.get_logits()).reshape(-1))
         generator.generate_next_token()
     return np.array(logits), list(generator.get_sequence(0))[len(ids) :]
-
-
-def in_pytorch(model, ids, pixels):
-    given = {} if pixels is None else {"pixel_values": torch.from_numpy(pixels)}
-    out = model.generate(
-        input_ids=torch.from_numpy(ids)[None],
-        attention_mask=torch.ones((1, len(ids)), dtype=torch.int64),
-        **given,
-        max_new_tokens=STEPS,
-        do_sample=False,
-        eos_token_id=None,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    return np.array([step[0].numpy() for step in out.logits]), out.sequences[0, len(ids) :].tolist()
 
 
 @pytest.mark.parametrize("pictures", [0, 1, 2])
@@ -135,7 +109,7 @@ def test_what_genai_cannot_run_is_refused(traced, tmp_path):
         traced.write(tmp_path / "out", SkipVisionConfig.preset("skip-75"), target="genai")
     with pytest.raises(ConfigError, match="no CPU kernels for bfloat16"):
         check_genai(DENSE.layout(16), traced.source.family, "bfloat16")
-    with pytest.raises(ConfigError, match="supported: onnxruntime, genai"):
+    with pytest.raises(ConfigError, match=r"supported: onnxruntime, genai, transformers\.js"):
         traced.write(tmp_path / "out", DENSE, target="tensorrt")
     assert not (tmp_path / "out").exists()
 

@@ -17,11 +17,15 @@ SHAPES = {
     "beta": (D,),
     "b_down": (D,),
     "b_up": (HIDDEN,),
+    "b_row": (1, D),
     "w_up": (D, HIDDEN),
     "w_gate": (D, HIDDEN),
     "w_both": (D, 2 * HIDDEN),
     "w_down": (HIDDEN, D),
     "w_first": (D, D),
+    "w_route": (D, 4),
+    "experts_up": (4, 2 * HIDDEN, D),
+    "experts_down": (4, D, HIDDEN),
 }
 INTS = {
     "flat_up": [-1, D],
@@ -31,6 +35,9 @@ INTS = {
     "lead": [0, 1],
     "width": [D],
     "zero": [0],
+    "flat_route": [-1, 4],
+    "one_up": [1],
+    "first_axis": [0],
     "half": [HIDDEN],
     "end": [2 * HIDDEN],
     "last": [-1],
@@ -50,6 +57,7 @@ def decoder(body, opset=23, outputs=f"float[batch, sequence, {D}] y", inputs="")
     rng = np.random.default_rng(0)
     arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
     arrays |= {name: np.array(values, np.int64) for name, values in INTS.items()}
+    arrays |= {"first": np.array(0), "second": np.array(1), "nought": np.array(0, np.float32)}
     arrays |= {"q": rng.integers(0, 255, PACKED["q"]).astype(np.uint8)}
     arrays |= {"s": rng.random(PACKED["s"]).astype(np.float32)}
     read = {name for node in proto.graph.node for name in node.input}
@@ -65,6 +73,17 @@ def run(proto, **feeds):
 
 
 X = "inputs_embeds"
+# Two experts as they are traced, on the rows that chose them.
+MIXTURE = """f = Reshape(n, flat_up) r = MatMul(f, w_route) soft = Softmax<axis=-1>(r)
+    best, at = TopK(soft, one_up) size = Shape(f) none = Expand(nought, size)
+    e0 = Equal(at, first) w0 = Where(e0, best, nought) o0 = ReduceSum<keepdims=1>(w0, last)
+    f0 = NonZero(o0) t0 = Transpose<perm=[1, 0]>(f0) i0 = Gather<axis=1>(t0, first) c0 = Unsqueeze(i0, one_up)
+    h0 = GatherND(f, c0) u0 = MatMul(h0, w_up) a0 = Relu(u0) d0 = MatMul(a0, w_down) p0 = GatherND(o0, c0)
+    m0 = Mul(d0, p0) y0 = ScatterND<reduction="add">(none, c0, m0)
+    e1 = Equal(at, second) w1 = Where(e1, best, nought) o1 = ReduceSum<keepdims=1>(w1, last)
+    f1 = NonZero(o1) t1 = Transpose<perm=[1, 0]>(f1) i1 = Gather<axis=1>(t1, first) c1 = Unsqueeze(i1, one_up)
+    h1 = GatherND(f, c1) m1 = MatMul(h1, w_first) y1 = ScatterND<reduction="add">(y0, c1, m1)
+    shape = Shape(n) d = Reshape(y1, shape)"""
 NORM = f"n = LayerNormalization<axis=-1>({X}, gamma, beta) "
 FORMS = {
     "gemm": NORM
@@ -91,6 +110,12 @@ FORMS = {
     a = com.microsoft.FastGelu(u, b_up) down = MatMul(a, w_down) y = Add({X}, down)""",
     "bias and gelu in one": NORM
     + f"u = MatMul(n, w_up) a = com.microsoft.BiasGelu(u, b_up) d = MatMul(a, w_down) y = Add({X}, d)",
+    "experts": NORM
+    + """r = MatMul(n, w_route) flat = Reshape(r, flat_route)
+    d = com.microsoft.MoE<k=2, activation_type="swiglu", swiglu_fusion=1, normalize_routing_weights=1>
+    (n, flat, experts_up, , experts_down)"""
+    + f" y = Add({X}, d)",
+    "experts of plain operators": NORM + MIXTURE + f" y = Add({X}, d)",
     "fused sums": f"""m = Mul(other, other)
     n, u0, u1, t = com.microsoft.SkipLayerNormalization<epsilon=0.00001>({X}, m, gamma, beta)
     u = MatMul(n, w_up) a = Relu(u) d = MatMul(a, w_down)
@@ -140,10 +165,58 @@ def test_kept_rows_are_as_before_and_others_pass_by(form):
         ("f = Reshape(n, flat_up) g = Gemm<transA=1>(f, w_first) down = Reshape(g, back)", "Gemm.*turns"),
         ("f = Reshape(n, flat_up) d = Gemm(f, w_first) down = Mul(d, n)", "Mul.*joins tokens"),
         ("d = MatMul(n, w_first) down = com.microsoft.Whatever(d)", "Whatever.*not known"),
+        (
+            "d = MatMul(n, w_route) down = com.microsoft.MoE<k=2>(n, d, n, , experts_down)",
+            "MoE.*no constants, but n",
+        ),
+        ("d = MatMul(n, w_first) down = com.microsoft.QMoE<k=1>(w_first, d, q)", "QMoE.*from elsewhere"),
     ],
 )
 def test_what_is_not_proved_is_refused(inside, reason):
     body = NORM + inside + f" y = Add({X}, down)"
+    with pytest.raises(PassError, match=reason):
+        OthersDecoder(decoder(body), None).rewrite([1])
+
+
+@pytest.mark.parametrize(
+    ("part", "instead", "reason"),
+    [
+        (
+            'ScatterND<reduction="add">(y0, c1, m1)',
+            "ScatterND(y0, c0, m1)",
+            "ScatterND.*more with picked rows",
+        ),
+        ("m1 = MatMul(h1, w_first)", "m1 = Mul(h1, h0)", "Mul.*picked apart"),
+        ("p0 = GatherND(o0, c0)", "p0 = Identity(o0)", "Mul.*picked apart"),
+        (
+            "a0 = Relu(u0)",
+            "z0 = Shape(u0) q0 = Cast<to=1>(z0) b0 = ReduceMax(q0) a0 = Div(u0, b0)",
+            "Shape.*counts",
+        ),
+        (
+            "a0 = Relu(u0)",
+            "b0 = ReduceMax<keepdims=1>(u0, first_axis) a0 = Sub(u0, b0)",
+            "ReduceMax.*along axis 0",
+        ),
+        ("f0 = NonZero(o0)", "f0 = NonZero(soft)", "NonZero.*one number of each row"),
+        (
+            "i0 = Gather<axis=1>(t0, first)",
+            "i0 = Gather<axis=1>(t0, second)",
+            "Gather.*more with picked rows",
+        ),
+        (
+            "h0 = GatherND(f, c0)",
+            "k0 = Cast<to=1>(i0) v0 = Unsqueeze(k0, one_up) h0 = Mul(v0, v0)",
+            "Cast.*picked",
+        ),
+        ("TopK(soft, one_up)", "TopK<axis=0>(soft, one_up)", "TopK.*along axis 0"),
+        ("Softmax<axis=-1>(r)", "Softmax<axis=0>(r)", "Softmax.*along axis 0"),
+        ("none = Expand(nought, size)", "none = Expand(b_row, size)", "Expand.*one number"),
+    ],
+)
+def test_experts_whose_rows_may_mix_are_refused(part, instead, reason):
+    assert part in MIXTURE
+    body = NORM + MIXTURE.replace(part, instead) + f" y = Add({X}, d)"
     with pytest.raises(PassError, match=reason):
         OthersDecoder(decoder(body), None).rewrite([1])
 

@@ -1,11 +1,13 @@
 """A trace without weights is the trace of the loaded model, node by node and number by number."""
 
+import json
 import re
 from functools import cache
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 from conftest import EXAMPLE
 from full import FULL
 from tiny import write_tiny, write_tiny_next
@@ -72,6 +74,21 @@ def test_the_same_graphs(models, name, dtype):
     held = [v.const_value for v in lazy.trace.graphs[DECODE].graph.initializers.values()]
     large = [tensor for tensor in held if tensor.size > 8192]
     assert large and all(isinstance(tensor, WeightTensor) for tensor in large)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_configuration_that_ties_what_the_checkpoint_holds_apart(dtype, tmp_path, monkeypatch):
+    """The loader compares the two: what stands in for them must differ, whatever memory held before."""
+    folder = write_tiny(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **options: empty(*sizes, **options).zero_())
+    skeleton = load_skeleton(resolve_model(folder), dtype)
+    head = skeleton.model.get_output_embeddings().weight
+    assert head.data_ptr() != skeleton.model.get_input_embeddings().weight.data_ptr()
+    assert skeleton.weights["lm_head.weight"].stored.key.endswith("lm_head.weight")
 
 
 def test_a_wrong_weight_would_show(models):

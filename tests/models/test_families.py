@@ -1,6 +1,7 @@
 """Every family, vision tower and text model: exported graphs against PyTorch, and broken twins."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from tiny import tiny_config, tiny_model, write_tiny
 from transformers import (
     Idefics3Config,
     LlavaForConditionalGeneration,
+    MixtralConfig,
     PaliGemmaConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
     SmolVLMImageProcessorPil,
 )
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionConfig, Idefics3VisionEmbeddings
@@ -158,6 +162,24 @@ def test_sliding_windows_are_refused(tmp_path):
     config.text_config = text_config("mistral")
     config.text_config.sliding_window = 64
     refused(tmp_path, config, "has sliding windows (sliding_window=64)")
+
+
+@pytest.mark.parametrize(
+    ("kind", "experts"),
+    [(Qwen2MoeConfig, 60), (Qwen3MoeConfig, 128), (partial(MixtralConfig, num_local_experts=32), 32)],
+)
+def test_other_mixtures_of_experts_are_refused_with_the_reason(kind, experts, tmp_path, capsys):
+    config = tiny_config()
+    config.text_config = kind()
+    config.architectures = ["LlavaForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    for asked in (["inspect"], ["export", "--dense", "-o", str(tmp_path / "out")]):
+        assert run([*asked, str(tmp_path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"a mixture of {experts} experts; supported: mixtral, of up to 16, as each is traced" in line
+    (tmp_path / "config.json").write_text('{"architectures": ["Qwen3VLMoeForConditionalGeneration"]}')
+    assert run(["inspect", str(tmp_path)]) == 2
+    assert "Qwen3VLMoeForConditionalGeneration, a mixture of experts; supp" in capsys.readouterr().err
 
 
 def test_a_selection_that_does_not_fit_the_tower_is_refused(tmp_path):

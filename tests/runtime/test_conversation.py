@@ -157,7 +157,7 @@ def test_a_conversation_feeds_what_is_new(example):
     assert second.skipped_tokens == first.skipped_tokens > third.skipped_tokens == 0
     assert second.prompt_tokens < first.prompt_tokens + 8
     assert third.prompt_tokens < 24
-    with pytest.raises(InputError, match="come first"):
+    with pytest.raises(InputError, match="leave <image> out"):
         talk.ask("<image> what?", PICTURES[0])
     assert talk.ask("what is it?").prompt_tokens < 24
 

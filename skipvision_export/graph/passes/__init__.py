@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from skipvision_export.config import SkipVisionConfig
+from skipvision_export.graph.passes.batch_size import BatchSizePass
 from skipvision_export.graph.passes.cached_positions import CachedPositionsPass
 from skipvision_export.graph.passes.flat_features import FlatFeaturesPass
 from skipvision_export.graph.passes.grouped_prefill import GroupedPrefillPass
@@ -20,13 +21,24 @@ from skipvision_export.graph.passes.int4_weights import Int4WeightsPass
 from skipvision_export.graph.passes.kv_prune import KVPrunePass
 from skipvision_export.graph.passes.last_layer import LastLayerPass
 from skipvision_export.graph.passes.lay_out import LayOutPass, Weights
-from skipvision_export.graph.passes.names import APPEND, DECODE, EMBED, GENAI, ONNXRUNTIME, PREFILL, VISION
+from skipvision_export.graph.passes.names import (
+    APPEND,
+    DECODE,
+    EMBED,
+    GENAI,
+    ONNXRUNTIME,
+    PREFILL,
+    TRANSFORMERS_JS,
+    VISION,
+)
 from skipvision_export.graph.passes.native_gqa import NativeGQAPass
+from skipvision_export.graph.passes.own_sizes import OwnSizesPass
 from skipvision_export.graph.passes.pack_projections import PackProjectionsPass
 from skipvision_export.graph.passes.shared_kv import SharedKVPass
 from skipvision_export.graph.passes.skip_ffn import SkipFFNPass
 from skipvision_export.graph.passes.skip_norm import SkipNormPass
 from skipvision_export.graph.passes.strict_mask import StrictMaskPass
+from skipvision_export.graph.passes.text_embeds import TextEmbedsPass
 from skipvision_export.graph.passes.wider_mask import WiderMaskPass
 from skipvision_export.layout import TokenLayout
 
@@ -58,16 +70,17 @@ class PassContext:
 def passes_for(graph: str, context: PassContext) -> list[ir.passes.InPlacePass]:
     """The passes of one graph of a bundle, in order.
 
-    The last layer's rows go before Skip-FFN, which splits what is left of its FFN another way, and
-    after the strict mask, which has a row for each query. Skip-FFN comes before anything that would
-    fuse the residual Add away. KV-prune comes after those that look at the graph's outputs: it renames
-    them. Projections are packed when all is where it stays, int4 weights come last: no other pass knows
-    their operator.
+    Sizes of experts' rows come first: no FFN of a mixture is found without them. The last layer's rows go
+    before Skip-FFN, which splits what is left of its FFN another way, and after the strict mask, which has a
+    row for each query. Skip-FFN comes before anything that would fuse the residual Add away. KV-prune comes
+    after those that look at the graph's outputs: it renames them. Projections are packed when all is where
+    it stays, int4 weights come last: no other pass knows their operator.
     """
     config, layout = context.config, context.layout
     weights: list[ir.passes.InPlacePass] = [each for each in (context.pack, context.int4) if each]
     tiers = [layout.layer_tier(layer) for layer in range(context.num_layers)]
     prefill: list[ir.passes.InPlacePass] = [
+        OwnSizesPass(),
         HalfRotaryPass(),
         NativeGQAPass(),
         *([WiderMaskPass(context.sees)] if context.sees != "before" else []),
@@ -101,6 +114,9 @@ def variants_for(graph: str, context: PassContext) -> dict[str, list[ir.passes.I
     }
     if context.target == GENAI:
         forms |= {graph: {GENAI: [FlatFeaturesPass()]} for graph in (VISION, EMBED)}
+    if context.target == TRANSFORMERS_JS:
+        forms[EMBED] = {TRANSFORMERS_JS: [TextEmbedsPass()]}
+        forms[DECODE][TRANSFORMERS_JS] = [BatchSizePass()]
     return forms.get(graph, {})
 
 

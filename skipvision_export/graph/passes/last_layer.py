@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,10 +10,11 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
+from skipvision_export.errors import PassError
 from skipvision_export.graph.passes.matching import constant_ints, has_input, require
 from skipvision_export.graph.passes.names import FFN_INDEX
-from skipvision_export.graph.passes.regions import is_constant, residual_branches
-from skipvision_export.graph.passes.rowwise import RANK, is_rowwise, rank
+from skipvision_export.graph.passes.regions import Branch, is_constant, residual_branches
+from skipvision_export.graph.passes.rowwise import RANK, is_rowwise, prove_rowwise, rank
 from skipvision_export.tokens.ops import constant
 
 # A value and the axis along which its tokens lie.
@@ -34,7 +36,8 @@ class LastLayerPass(ir.passes.InPlacePass):
     2. Transpose, or Reshape between [B, S, H*Dh] and [B, S, H, Dh], or
     3. RotaryEmbedding of [B, H, S, Dh] with tables [B, S, Dh/2], or
     4. Attention over [B, H, S, Dh] with its queries' axis; the mask's follows. Not with is_causal,
-       which would take the one query for the first.
+       which would take the one query for the first, or
+    5. it stands in the FFN of a mixture of experts, which is row-wise as a whole.
 
     What such a node reads from elsewhere is cut there. Left as it is: a graph whose head reads more than
     the last position, and one with an FFN that cannot be cut whole. Run after StrictMask, whose mask
@@ -85,10 +88,13 @@ def _is_last_position(node: ir.Node) -> bool:
 
 @dataclass(frozen=True)
 class _OneRow:
-    """A node to compute for the last position: the token axis of its output, and those of its inputs."""
+    """A node to compute for the last position: the token axis of its output, and those of its inputs.
+
+    None: its output has rows [B*S, F], or other things that follow from them.
+    """
 
     node: ir.Node
-    axis: int
+    axis: int | None
     reads: dict[int, int]
 
     def inputs(self) -> Iterator[Rows]:
@@ -103,9 +109,16 @@ def _region(graph: ir.Graph, last: ir.Node) -> list[_OneRow]:
     assert last.inputs[0] is not None
     needed = {last.inputs[0]: 1}
     readers = {last}
-    region = []
+    region: list[_OneRow] = []
+    mixtures = _mixtures(graph)
     for node in reversed(tuple(graph)):
         out = node.outputs[0]
+        if node in mixtures and needed.get(out) == 1 and {use.node for use in out.uses()} <= readers:
+            branch = mixtures[node]
+            if needed.setdefault(branch.trunk, 1) == 1:
+                region += [_inner(each, branch.trunk) for each in reversed(branch.nodes)]
+                readers.update(branch.nodes)
+            continue
         if out not in needed or len(node.outputs) > 1 or out.is_graph_output():
             continue
         reads = _reads(node, needed[out]) if {use.node for use in out.uses()} <= readers else None
@@ -119,6 +132,24 @@ def _region(graph: ir.Graph, last: ir.Node) -> list[_OneRow]:
         readers.add(node)
         region.append(row)
     return region
+
+
+def _mixtures(graph: ir.Graph) -> dict[ir.Node, Branch]:
+    """FFNs with experts that are row-wise and closed, by their last node."""
+    found = {}
+    for branch in residual_branches(graph):
+        inside = {*branch.nodes, branch.add}
+        closed = all(use.node in inside for n in branch.nodes for v in n.outputs for use in v.uses())
+        if closed and any(node.op_type == "NonZero" for node in branch.nodes):
+            with contextlib.suppress(PassError):  # SkipFFN says what it misses
+                prove_rowwise(branch.nodes, branch.trunk, branch.scope)
+                found[branch.nodes[-1]] = branch
+    return found
+
+
+def _inner(node: ir.Node, trunk: ir.Value) -> _OneRow:
+    reads = {i: 1 for i, value in enumerate(node.inputs) if value is trunk}
+    return _OneRow(node, 1 if rank(node.outputs[0]) == RANK else None, reads)
 
 
 def _reads(node: ir.Node, axis: int) -> dict[int, int] | None:
@@ -173,9 +204,11 @@ def _last_of(graph: ir.Graph, before: ir.Node, value: ir.Value, axis: int) -> ir
 def _one_row(graph: ir.Graph, row: _OneRow) -> None:
     """The shape of an output that now has one position; a Reshape names its sizes itself."""
     node, out = row.node, row.node.outputs[0]
+    if row.axis is None:
+        return
     if out.shape is not None:
         out.shape = _with_one(out.shape, row.axis)
-    if node.op_type == "Reshape" and out.shape is not None:
+    if node.op_type == "Reshape" and row.reads and out.shape is not None:
         # 0 copies the batch. The shape that stood there names all positions; other layers share it.
         sizes = [0, *map(int, out.shape[1:])]  # type: ignore[arg-type]
         t = tape.Tape()

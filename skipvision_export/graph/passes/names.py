@@ -25,7 +25,7 @@ RASTER_FEATURES = "image_features.raster"
 TOKEN_ORDER = "image_features.order"
 
 # Runtimes that some graphs have a form of their own for: `GRAPH.RUNTIME`.
-ONNXRUNTIME, GENAI = "onnxruntime", "genai"
+ONNXRUNTIME, GENAI, TRANSFORMERS_JS = "onnxruntime", "genai", "transformers.js"
 
 # The project's operator domain and its version.
 DOMAIN = "skipvision"

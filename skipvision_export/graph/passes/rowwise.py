@@ -5,6 +5,8 @@ of row (b, s) of the region's input only; or the same flattened to [B*S, F], as 
 node's rule either derives that for its outputs or raises; there is no default that lets an unknown
 operator through.
 
+Rows that are picked for an expert of a mixture: see `picked_rows`.
+
 Static quantization of activations acts on each number alone, so QuantizeLinear and DequantizeLinear
 pass with scales that are constants; DynamicQuantizeLinear, whose scale is that of all tokens, does not.
 """
@@ -12,15 +14,23 @@ pass with scales that are constants; DynamicQuantizeLinear, whose scale is that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from skipvision_export.errors import PassError
 from skipvision_export.graph.passes.matching import constant_ints
 from skipvision_export.graph.passes.names import CONTRIB_DOMAIN
+from skipvision_export.graph.passes.picked_rows import KnownRows, NotRowwiseError, pick_rows
 from skipvision_export.graph.passes.regions import is_constant
-from skipvision_export.graph.passes.sizes import Sizes, UnknownSizesError, follow, reshaped, sizes_of
+from skipvision_export.graph.passes.sizes import (
+    BATCH,
+    ROWS,
+    TOKENS,
+    UnknownSizesError,
+    follow,
+    reshaped,
+    sizes_of,
+)
 
 RANK = 3
 
@@ -33,30 +43,8 @@ _NARY = frozenset("Add Div Max Min Mul Pow Sub Sum Where Mod PRelu Greater Less 
 _REDUCE = frozenset("ReduceMean ReduceSum ReduceMax ReduceMin ReduceL2 ReduceSumSquare".split())
 
 
-class _NotRowwiseError(Exception):
-    """Why one node mixes tokens, or cannot be shown not to."""
-
-
-@dataclass
-class _Known:
-    """What is proved so far: the rank of each row-wise value, and the sizes that some values hold."""
-
-    ranks: dict[ir.Value, int]
-    sizes: dict[ir.Value, Sizes] = field(default_factory=dict)
-
-    def __contains__(self, value: ir.Value | None) -> bool:
-        return value in self.ranks
-
-    def rank(self, node: ir.Node) -> int:
-        """Of a node's row-wise inputs; they must agree."""
-        ranks = {self.ranks[value] for value in node.inputs if value is not None and value in self.ranks}
-        if len(ranks) != 1:
-            raise _NotRowwiseError("joins tokens [B, S, F] and rows [B*S, F]" if ranks else "reads no tokens")
-        return ranks.pop()
-
-
 # Proves a node's outputs row-wise, raises, or says what else they are in `known`.
-_Rule = Callable[[ir.Node, _Known], None]
+_Rule = Callable[[ir.Node, KnownRows], None]
 
 
 def prove_rowwise(nodes: Iterable[ir.Node], source: ir.Value, what: str) -> None:
@@ -64,11 +52,11 @@ def prove_rowwise(nodes: Iterable[ir.Node], source: ir.Value, what: str) -> None
 
     Raises PassError that names `what`, the node and the reason.
     """
-    known = _Known({source: RANK})
+    known = KnownRows({source: RANK})
     for node in nodes:
         try:
             _prove(node, known)
-        except (_NotRowwiseError, UnknownSizesError) as reason:
+        except (NotRowwiseError, UnknownSizesError) as reason:
             raise PassError(
                 f"{what} cannot be split: node {node.name} ({node.op_type}) {reason}; only operators "
                 "that act on each token alone may stand between the norm and the residual add"
@@ -80,25 +68,34 @@ def is_rowwise(node: ir.Node) -> bool:
     sources = {value for value in node.inputs if value is not None and not is_constant(value)}
     if any(rank(value) != RANK for value in sources):
         return False
-    known = _Known(dict.fromkeys(sources, RANK))
+    known = KnownRows(dict.fromkeys(sources, RANK))
     try:
         _prove(node, known)
-    except (_NotRowwiseError, UnknownSizesError):
+    except (NotRowwiseError, UnknownSizesError):
         return False
     return all(known.ranks.get(value) == RANK for value in node.outputs)
 
 
-def _prove(node: ir.Node, known: _Known) -> None:
+def _prove(node: ir.Node, known: KnownRows) -> None:
     tokens = any(value in known for value in node.inputs)
+    if node.op_type == "NonZero" or any(value in known.picks for value in node.inputs):
+        pick_rows(node, known)
+        return
+    if node.op_type == "Expand":
+        _expand(node, known)
+        return
     if any(value in known.sizes for value in node.inputs):
         if not tokens:
             known.sizes[node.outputs[0]] = follow(node, known.sizes)
             return
         if node.op_type != "Reshape":
-            raise _NotRowwiseError("computes with the number of tokens")
+            raise NotRowwiseError("computes with the number of tokens")
     _rule(node)(node, known)
     if not any(value in known.sizes or value in known for value in node.outputs):
         known.ranks.update(dict.fromkeys(node.outputs, known.rank(node)))
+        part = next((known.parts[v] for v in node.inputs if v is not None and v in known.parts), None)
+        if part is not None:
+            known.parts.update(dict.fromkeys(node.outputs, part))
 
 
 def rank(value: ir.Value) -> int | None:
@@ -119,141 +116,173 @@ def _rule(node: ir.Node) -> _Rule:
         return _reduce
     if kind in _RULES:
         return _RULES[kind]
-    raise _NotRowwiseError("is not known to act on each token alone")
+    raise NotRowwiseError("is not known to act on each token alone")
 
 
-def _elementwise(node: ir.Node, known: _Known) -> None:
+def _elementwise(node: ir.Node, known: KnownRows) -> None:
     for value in node.inputs:
         if value is not None and value not in known:
             _broadcast(node, known, value)
 
 
-def _broadcast(node: ir.Node, known: _Known, value: ir.Value) -> None:
+def _broadcast(node: ir.Node, known: KnownRows, value: ir.Value) -> None:
     """Aligned from the right, a constant must not vary along batch or tokens."""
     shape = _constant_shape(value)
     if len(shape) > known.rank(node) or any(size != 1 for size in shape[: max(0, len(shape) - 1)]):
-        raise _NotRowwiseError(f"broadcasts {value.name} of shape {shape} along the tokens")
+        raise NotRowwiseError(f"broadcasts {value.name} of shape {shape} along the tokens")
 
 
-def _matmul(node: ir.Node, known: _Known) -> None:
+def _matmul(node: ir.Node, known: KnownRows) -> None:
     left, right = node.inputs[0], node.inputs[1]
     if left not in known:
-        raise _NotRowwiseError("multiplies from the left, which mixes tokens")
+        raise NotRowwiseError("multiplies from the left, which mixes tokens")
     assert right is not None
     if right in known or len(_constant_shape(right)) != 2:
-        raise _NotRowwiseError(f"has no constant matrix as its second input, but {right.name}")
+        raise NotRowwiseError(f"has no constant matrix as its second input, but {right.name}")
 
 
-def _gemm(node: ir.Node, known: _Known) -> None:
+def _gemm(node: ir.Node, known: KnownRows) -> None:
     if node.attributes.get_int("transA", 0):
-        raise _NotRowwiseError("turns the tokens around")
+        raise NotRowwiseError("turns the tokens around")
     _matmul(node, known)
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         _broadcast(node, known, node.inputs[2])
 
 
-def _matmul_packed(node: ir.Node, known: _Known) -> None:
+def _matmul_packed(node: ir.Node, known: KnownRows) -> None:
     """MatMulNBits: each row by a constant matrix, its own activations quantized where they are at all."""
     if node.inputs[0] not in known:
-        raise _NotRowwiseError("multiplies something else than the tokens")
+        raise NotRowwiseError("multiplies something else than the tokens")
     for value in node.inputs[1:]:
         if value is not None and not is_constant(value):
-            raise _NotRowwiseError(f"has no constant matrix, but {value.name}")
+            raise NotRowwiseError(f"has no constant matrix, but {value.name}")
 
 
-def _norm(node: ir.Node, known: _Known) -> None:
+def _experts(node: ir.Node, known: KnownRows) -> None:
+    """MoE and QMoE: each row by the experts that its own router probabilities choose."""
+    tokens = node.inputs[0]
+    if tokens is None or tokens not in known or node.inputs[1] not in known:
+        raise NotRowwiseError("takes tokens and their router probabilities from elsewhere")
+    for value in node.inputs[2:]:
+        if value is not None and not is_constant(value):
+            raise NotRowwiseError(f"has experts that are no constants, but {value.name}")
+    # Probabilities come as rows [B*S, E] for tokens [B, S, D] too, in the same order.
+    known.ranks[node.outputs[0]] = known.ranks[tokens]
+
+
+def _norm(node: ir.Node, known: KnownRows) -> None:
     _last_axis(node, known, node.attributes.get_int("axis", -1))
     if len(node.outputs) > 1:
-        raise _NotRowwiseError("has statistics outputs")
+        raise NotRowwiseError("has statistics outputs")
     _elementwise(node, known)
 
 
-def _softmax(node: ir.Node, known: _Known) -> None:
+def _softmax(node: ir.Node, known: KnownRows) -> None:
     _last_axis(node, known, node.attributes.get_int("axis", -1))
 
 
-def _split(node: ir.Node, known: _Known) -> None:
+def _split(node: ir.Node, known: KnownRows) -> None:
     _last_axis(node, known, node.attributes.get_int("axis", 0))
 
 
-def _concat(node: ir.Node, known: _Known) -> None:
+def _concat(node: ir.Node, known: KnownRows) -> None:
     _last_axis(node, known, node.attributes.get_int("axis", 0))
     if any(value not in known for value in node.inputs):
-        raise _NotRowwiseError("joins a constant, whose number of tokens is fixed")
+        raise NotRowwiseError("joins a constant, whose number of tokens is fixed")
 
 
-def _slice(node: ir.Node, known: _Known) -> None:
+def _slice(node: ir.Node, known: KnownRows) -> None:
     if len(node.inputs) < 4 or node.inputs[3] is None:
-        raise _NotRowwiseError("slices from the first axis on")
+        raise NotRowwiseError("slices from the first axis on")
     for axis in _constant(node.inputs[3]):
         _last_axis(node, known, axis)
 
 
-def _reduce(node: ir.Node, known: _Known) -> None:
+def _reduce(node: ir.Node, known: KnownRows) -> None:
     if not node.attributes.get_int("keepdims", 1):
-        raise _NotRowwiseError("drops an axis")
+        raise NotRowwiseError("drops an axis")
     given = node.inputs[1] if len(node.inputs) > 1 else None
     # An attribute up to opset 17, an input since.
     axes = _constant(given) if given is not None else node.attributes.get_ints("axes", None)
     if not axes:
-        raise _NotRowwiseError("reduces all axes")
+        raise NotRowwiseError("reduces all axes")
     for axis in axes:
         _last_axis(node, known, axis)
 
 
-def _quantize(node: ir.Node, known: _Known) -> None:
+def _quantize(node: ir.Node, known: KnownRows) -> None:
     """Static scales: one number, or one for each feature; the same for every token."""
     if node.inputs[0] not in known:
-        raise _NotRowwiseError("quantizes something else than the tokens")
+        raise NotRowwiseError("quantizes something else than the tokens")
     for value in node.inputs[1:]:
         if value is None:
             continue
         if not is_constant(value):
-            raise _NotRowwiseError(
+            raise NotRowwiseError(
                 f"takes {value.name}, which is no constant: a scale that is computed from the tokens mixes "
                 "them; quantize with static scales"
             )
         shape = _constant_shape(value)
         if len(shape) > 1:
-            raise _NotRowwiseError(f"takes {value.name} of shape {shape}: blocks of an activation")
+            raise NotRowwiseError(f"takes {value.name} of shape {shape}: blocks of an activation")
         if shape and shape != [1]:
             _last_axis(node, known, node.attributes.get_int("axis", 1))
 
 
-def _shape(node: ir.Node, known: _Known) -> None:
+def _topk(node: ir.Node, known: KnownRows) -> None:
+    _last_axis(node, known, node.attributes.get_int("axis", -1))
+    if node.inputs[0] not in known or node.inputs[1] is None or not is_constant(node.inputs[1]):
+        raise NotRowwiseError("takes a number of values that is no constant")
+
+
+def _expand(node: ir.Node, known: KnownRows) -> None:
+    """The same number for all tokens, or rows."""
+    value, target = node.inputs[0], node.inputs[1]
+    assert value is not None and target is not None
+    sizes = known.sizes.get(target, ())
+    rank = RANK if sizes[:-1] == (BATCH, TOKENS) else 2 if sizes[:-1] == (ROWS,) else None
+    if not is_constant(value) or any(size != 1 for size in _constant_shape(value)) or rank is None:
+        raise NotRowwiseError("expands something else than one number to the tokens' shape")
+    known.ranks[node.outputs[0]] = rank
+
+
+def _shape(node: ir.Node, known: KnownRows) -> None:
     value = node.inputs[0]
     assert value is not None
+    if value in known.parts:
+        raise NotRowwiseError("counts picked rows")
     sizes = sizes_of(known.rank(node), value)
     start = node.attributes.get_int("start", 0)
     known.sizes[node.outputs[0]] = sizes[start : node.attributes.get_int("end", len(sizes))]
 
 
-def _reshape(node: ir.Node, known: _Known) -> None:
+def _reshape(node: ir.Node, known: KnownRows) -> None:
     tokens, target = node.inputs[0], node.inputs[1]
     assert tokens is not None and target is not None
-    if tokens not in known:
-        raise _NotRowwiseError("reshapes something else than the tokens")
+    if tokens not in known or tokens in known.parts:
+        raise NotRowwiseError("reshapes something else than the tokens")
     sizes = known.sizes[target] if target in known.sizes else tuple(_constant(target))
     copies_zero = not node.attributes.get_int("allowzero", 0)
     rank = reshaped(sizes_of(known.ranks[tokens], tokens), sizes, copies_zero)
     known.ranks[node.outputs[0]] = rank
 
 
-def _dynamic(node: ir.Node, known: _Known) -> None:
-    raise _NotRowwiseError(
-        "computes one scale from all tokens, which mixes them; quantize with static scales"
-    )
+def _dynamic(node: ir.Node, known: KnownRows) -> None:
+    raise NotRowwiseError("computes one scale from all tokens, which mixes them; quantize with static scales")
 
 
 _RULES: dict[str, _Rule] = {
     "MatMul": _matmul,
     "Gemm": _gemm,
     f"{CONTRIB_DOMAIN}::MatMulNBits": _matmul_packed,
+    f"{CONTRIB_DOMAIN}::MoE": _experts,
+    f"{CONTRIB_DOMAIN}::QMoE": _experts,
     "Shape": _shape,
     "Reshape": _reshape,
     "LayerNormalization": _norm,
     "RMSNormalization": _norm,
     "SimplifiedLayerNormalization": _norm,
+    "TopK": _topk,
     "Softmax": _softmax,
     "LogSoftmax": _softmax,
     "Split": _split,
@@ -269,9 +298,9 @@ _RULES: dict[str, _Rule] = {
 }
 
 
-def _last_axis(node: ir.Node, known: _Known, axis: int) -> None:
+def _last_axis(node: ir.Node, known: KnownRows, axis: int) -> None:
     if axis not in (-1, known.rank(node) - 1):
-        raise _NotRowwiseError(f"works along axis {axis}, not along the features")
+        raise NotRowwiseError(f"works along axis {axis}, not along the features")
 
 
 def _constant_shape(value: ir.Value) -> list[int]:
@@ -287,12 +316,12 @@ def _constant_shape(value: ir.Value) -> list[int]:
         order = producer.attributes.get_ints("perm", list(reversed(range(len(shape)))))
         return [shape[axis] for axis in order or []]
     if value.shape is None or not all(isinstance(size, int) for size in value.shape):
-        raise _NotRowwiseError(f"takes {value.name}, whose shape is not known")
+        raise NotRowwiseError(f"takes {value.name}, whose shape is not known")
     return [int(size) for size in value.shape]  # type: ignore[arg-type]
 
 
 def _constant(value: ir.Value) -> list[int]:
     found = constant_ints(value)
     if found is None:
-        raise _NotRowwiseError(f"takes {value.name}, which is no constant")
+        raise NotRowwiseError(f"takes {value.name}, which is no constant")
     return found
