@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from skipvision_export.graph.clean import clean, name_dims
 from skipvision_export.graph.fold import Weights, optimize_without_weights, settle_small
-from skipvision_export.graph.passes.names import DECODE, EMBED, PREFILL, VISION, present_names
+from skipvision_export.graph.passes.names import DECODE, DEEPSTACK, EMBED, PREFILL, VISION, present_names
 from skipvision_export.graph.prefill import prefill_from_decode
 from skipvision_export.graph.repeat import TRACED, NotRepeatableError, repeat_layers
-from skipvision_export.graph.wrappers import Decoder, EmbedTokens, VisionEncoder
+from skipvision_export.graph.wrappers import Decoder, EmbedTokens, PatchEncoder, VisionEncoder
 from skipvision_export.models import ModelFamily
 from skipvision_export.models.weights import WeightTensor
 
@@ -131,6 +131,8 @@ def _ints(*shape: int) -> Tensor:
 
 
 def _vision(model: nn.Module, family: ModelFamily, weights: Weights | None) -> tuple[nn.Module, ir.Model]:
+    if family.dynamic:
+        return _patches(model, family, weights)
     size = family.vision_dims(model.config).image_size
     images, crops = torch.export.Dim("images"), torch.export.Dim("crops")
     module = VisionEncoder(model, family)
@@ -144,16 +146,34 @@ def _vision(model: nn.Module, family: ModelFamily, weights: Weights | None) -> t
     )
 
 
+def _patches(model: nn.Module, family: ModelFamily, weights: Weights | None) -> tuple[nn.Module, ir.Model]:
+    side = family.merge_size(model.config)
+    assert side is not None
+    module = PatchEncoder(model, family)
+    grid = torch.tensor([[1, 2 * side, 3 * side]])
+    return module, _export(
+        module,
+        (_floats(model, 6 * side**2, family.patch_width(model.config)), grid),
+        # The number of tokens is the one that may have any value.
+        ({0: side**2 * torch.export.Dim("tokens")}, {}),
+        ["pixel_values", "image_grid_thw"],
+        ["image_features"],
+        weights,
+    )
+
+
 def _embed(model: nn.Module, family: ModelFamily, weights: Weights | None) -> ir.Model:
     config, dim = model.config, torch.export.Dim
-    features = _floats(model, 3, family.visual_tokens(config), family.decoder_dims(config).hidden_size)
+    levels = family.deepstack_layers(config)
+    width = (1 + levels) * family.decoder_dims(config).hidden_size
+    features = _floats(model, 3, family.visual_tokens(config), width)
     return _export(
         EmbedTokens(model, family.image_token_id(config)),
         (_ints(2, 5), features),
         # A layout may have any number of tokens, and comparisons feed those before it.
         ({0: dim("batch"), 1: dim("length")}, {0: dim("images"), 1: dim("tokens")}),
         ["input_ids", "image_features"],
-        ["inputs_embeds"],
+        ["inputs_embeds", *([DEEPSTACK] if levels else [])],
         weights,
     )
 
@@ -164,18 +184,24 @@ def _decode(model: nn.Module, family: ModelFamily, weights: Weights | None) -> t
     # S = 1 cannot be traced (is_causal becomes symbolic), so decode takes any S.
     past = [_floats(model, 2, dims.num_kv_heads, 4, dims.head_dim) for _ in range(2 * layers)]
     module = Decoder(model, family)
+    positions = torch.arange(4, 7).expand(2, 3).clone()
+    axes = {0: batch, 1: length}
+    if family.dynamic:
+        # Of each axis other ones, else the three would be traced as one.
+        positions = torch.stack([positions, positions + 1, positions + 2])
+        axes = {1: batch, 2: length}
     return module, _export(
         module,
         (
             _floats(model, 2, 3, dims.hidden_size),
             _ints(2, 7),
-            torch.arange(4, 7).expand(2, 3).clone(),
+            positions,
             past,
         ),
         (
             {0: batch, 1: length},
             {0: batch, 1: torch.export.Dim.DYNAMIC},
-            {0: batch, 1: length},
+            axes,
             [{0: batch, 2: past_length} for _ in past],
         ),
         ["inputs_embeds", "attention_mask", "position_ids", *present_names("past_key_values", layers)],

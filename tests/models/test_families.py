@@ -28,7 +28,7 @@ from skipvision_export.tensorrt.recipe import ProfileSettings, Recipe
 
 # By default those that differ most, for a few steps; all of them, for twelve, take ten minutes.
 STEPS = 13 if FULL else 4  # one of prefill, the others of decode
-NAMES = FAMILIES if FULL else ("llava_onevision", "internvl", "idefics3", "paligemma", "gemma3")
+NAMES = FAMILIES if FULL else ("llava_onevision", "internvl", "idefics3", "paligemma", "gemma3", "qwen2_5_vl")
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -110,7 +110,9 @@ def test_the_command_line(subject, capsys, tmp_path):
     folder, image = str(subject.traced.source.folder), tmp_path / "wide.png"
     picture(SIZES[1]).save(image)
     assert run(["inspect", folder]) == 0
-    assert f"family {subject.traced.source.family.name}, 2 decoder layers" in capsys.readouterr().out
+    family, config = subject.traced.source.family, subject.traced.source.config
+    layers = family.decoder_dims(config).num_layers
+    assert f"family {family.name}, {layers} decoder layers" in capsys.readouterr().out
     asked = ["generate", str(subject.skip.folder), "--image", str(image), "--prompt", "What?"]
     assert run([*asked, "--max-new-tokens", "2"]) == 0
 

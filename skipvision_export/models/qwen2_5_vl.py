@@ -1,0 +1,47 @@
+"""Qwen2.5-VL: Qwen2-VL whose tower attends within windows in most of its layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from skipvision_export.models.qwen2_vl import Qwen2VL, embed_patches, places, rotation, through
+from skipvision_export.models.registry import register
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@register
+class Qwen25VL(Qwen2VL):
+    """`Qwen2_5_VLForConditionalGeneration` of transformers, for pictures.
+
+    Its code puts patches in the order of their windows and turns that back at the end; here they stay
+    in their order and a mask tells the windows, which gives the same.
+    """
+
+    name = "qwen2_5_vl"
+    architectures = ("Qwen2_5_VLForConditionalGeneration",)
+    text_model = "qwen2_5_vl_text"
+
+    def _widths(self, vision: Any) -> tuple[int, int]:
+        return vision.hidden_size, vision.out_hidden_size
+
+    def _intermediate(self, vision: Any) -> int:
+        return int(vision.intermediate_size)
+
+    def patch_features(
+        self, config: Any, tower: Any, projector: Any, pixel_values: Tensor, grid: Tensor
+    ) -> Tensor:
+        """Patches see their window, in some layers all."""
+        vision, side = config.vision_config, self.merge_size(config)
+        row, column = places(pixel_values, grid, side)
+        x = embed_patches(tower, pixel_values)
+        angles = rotation(tower, x, row, column)
+        # A window has whole tokens: of a size that is no multiple, the rest is left out.
+        width = vision.window_size // side // vision.patch_size * side
+        # No picture has as many columns of windows as it has patches.
+        window = row // width * pixel_values.shape[0] + column // width
+        same = window[:, None] == window[None, :]
+        for i, block in enumerate(tower.blocks):
+            x = through(block, x, angles, None if i in vision.fullatt_block_indexes else same)
+        return projector(x)[None]  # type: ignore[no-any-return]
