@@ -76,7 +76,8 @@ def validate(
         prompts = prompts_from(load_imagefolder(data, samples))
     else:
         size, family = source.family.vision_dims(source.config).image_size, source.family
-        prompts = synthetic_prompts(samples, size, family.cropped or family.tiled)
+        wide = family.cropped or family.tiled or family.dynamic
+        prompts = synthetic_prompts(samples, size, wide)
     report = measure_gaps(loaded, reference, prompts, max_new_tokens=max_new_tokens, progress=progress)
     progress("")
     for gap in report.gaps.values():

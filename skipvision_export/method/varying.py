@@ -48,7 +48,6 @@ class VaryingPictures:
         """Take up new pictures, by their grids of patches [N, 3]."""
         self.grids = [(h // self._side, w // self._side) for _, h, w in grids.tolist()]
         self.layouts = [self.config.layout(h * w, varies=True) for h, w in self.grids]
-        self.places = []
 
     @property
     def tokens(self) -> list[int]:
