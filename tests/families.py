@@ -280,8 +280,11 @@ QWEN = {
 }
 
 
-def write_qwen(folder: Path, kind: str) -> Path:
-    """Pictures of their own shape: 36 visual tokens for 96 by 96 pixels."""
+def write_qwen(folder: Path, kind: str, text: dict | None = None, vision: dict | None = None) -> Path:
+    """Pictures of their own shape: 36 visual tokens for 96 by 96 pixels.
+
+    text, vision: what is otherwise in the two configurations.
+    """
     sizes, (config_kind, model_kind, processor_kind) = text_config("qwen2").to_dict(), QWEN[kind]
     special = tokenizer(
         image_token="<image>",
@@ -291,13 +294,13 @@ def write_qwen(folder: Path, kind: str) -> Path:
     )
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
     names += ("max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
-    text = {name: sizes[name] for name in names} | {"head_dim": 16, "num_hidden_layers": 3}
+    text = {name: sizes[name] for name in names} | {"head_dim": 16, "num_hidden_layers": 3} | (text or {})
     # A small base: else the slower axes of positions hardly turn.
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 3, 3]}
     if kind != "qwen3_vl":
         del text["head_dim"]
     config = config_kind(
-        vision_config={"depth": 2, "num_heads": 4, "patch_size": 8} | QWEN_TOWERS[kind],
+        vision_config={"depth": 2, "num_heads": 4, "patch_size": 8} | QWEN_TOWERS[kind] | (vision or {}),
         text_config=text,
         image_token_id=3,
         video_token_id=special.video_token_id,

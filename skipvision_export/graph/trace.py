@@ -61,7 +61,11 @@ def trace(
     with _exporting(model):
         progress("vision encoder")
         layers = family.vision_layers(model)
-        graphs[VISION] = _stack(layers, vision.num_layers, by_place, partial(_vision, model, family), VISION)
+        export = partial(_vision, model, family)
+        if family.equal_vision_layers(config):
+            graphs[VISION] = _stack(layers, vision.num_layers, by_place, export, VISION)
+        else:
+            graphs[VISION] = _finished(export(by_place)[1], VISION)
         progress("token embeddings")
         graphs[EMBED] = _finished(_embed(model, family, by_place), EMBED)
         progress("decoder")

@@ -29,6 +29,11 @@ class Qwen25VL(Qwen2VL):
     def _intermediate(self, vision: Any) -> int:
         return int(vision.intermediate_size)
 
+    def equal_vision_layers(self, config: Any) -> bool:
+        """Some attend to all, the others to their window."""
+        vision = config.vision_config
+        return len(set(vision.fullatt_block_indexes) & set(range(vision.depth))) in (0, vision.depth)
+
     def patch_features(
         self, config: Any, tower: Any, projector: Any, pixel_values: Tensor, grid: Tensor
     ) -> Tensor:

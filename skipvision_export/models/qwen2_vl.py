@@ -121,8 +121,17 @@ def rotation(tower: Any, x: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor
 
 def through(block: Any, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
     """One block of a tower on a picture's patches [P, D]; mask: [P, P] bool, what sees what, None for all."""
-    x = x + _attend(block.attn, block.norm1(x), angles, mask)
-    return x + block.mlp(block.norm2(x))  # type: ignore[no-any-return]
+
+    def forward(x: Tensor) -> Tensor:
+        x = x + _attend(block.attn, block.norm1(x), angles, mask)
+        return x + block.mlp(block.norm2(x))  # type: ignore[no-any-return]
+
+    # Called through the block, so that a trace knows which nodes are of which block.
+    vars(block)["forward"] = forward
+    try:
+        return block(x)  # type: ignore[no-any-return]
+    finally:
+        del vars(block)["forward"]
 
 
 def _attend(attention: Any, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
@@ -130,14 +139,15 @@ def _attend(attention: Any, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tens
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    qkv = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1))
-    q, k, v = qkv.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)  # [1, H, P, Dh] each
+    qkv = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(1, 2, 0, 3)
+    q, k, v = (qkv[i][None] for i in range(3))  # [1, H, P, Dh] each
+    half = q.shape[-1] // 2
     cos, sin = (angle.float() for angle in angles)
 
     def rotated(t: Tensor) -> Tensor:
         wide = t.float()
-        first, second = wide.chunk(2, dim=-1)
-        return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(t.dtype)
+        turned = torch.cat([-wide[..., half:], wide[..., :half]], dim=-1)
+        return (wide * cos + turned * sin).to(t.dtype)
 
     seen = None if mask is None else mask[None, None]
     out = scaled_dot_product_attention(rotated(q), rotated(k), v, attn_mask=seen, scale=attention.scaling)

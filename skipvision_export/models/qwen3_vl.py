@@ -38,6 +38,10 @@ class Qwen3VL(Qwen2VL):
         """One for each layer of the tower that is read."""
         return len(config.vision_config.deepstack_visual_indexes)
 
+    def equal_vision_layers(self, config: Any) -> bool:
+        """Some are read by the decoder's first layers."""
+        return not self.deepstack_layers(config)
+
     def _widths(self, vision: Any) -> tuple[int, int]:
         return vision.hidden_size, vision.out_hidden_size
 

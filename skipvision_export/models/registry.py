@@ -207,6 +207,10 @@ class ModelFamily:
         tower: Any = self.vision_tower(model)
         return getattr(tower, "vision_model", tower).encoder.layers  # type: ignore[no-any-return]
 
+    def equal_vision_layers(self, config: Any) -> bool:
+        """Does every layer of the tower do the same, so that a trace of some stands for all?"""
+        return True
+
     def language_model(self, model: nn.Module) -> nn.Module:
         """The decoder without its head, called with inputs_embeds."""
         return model.model.language_model  # type: ignore[union-attr,return-value]

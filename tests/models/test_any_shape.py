@@ -1,9 +1,11 @@
 """Pictures of any shape: what varies with them, positions of three axes, and what is refused."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, QWEN
+from families import FAMILIES, QWEN, write_qwen
 from family_check import LIMIT, PARITY, Subject, picture
 from full import FULL
 from hypothesis import given, settings
@@ -206,6 +208,23 @@ def test_a_later_turn_is_fed_from_the_start(subject):
     assert second.token_ids == bundle.generate([picture(SIZES[1]), picture(SIZES[2])], asked, 2).token_ids
 
 
+DEEP = {
+    "qwen2_vl": {"depth": 5},
+    "qwen2_5_vl": {"depth": 5, "fullatt_block_indexes": [3]},
+    "qwen3_vl": {"depth": 5, "deepstack_visual_indexes": [1, 3]},
+}
+
+
+@pytest.mark.parametrize("kind", QWEN if FULL else ["qwen2_5_vl"])
+def test_layers_that_were_not_traced(kind, tmp_path):
+    """Towers and decoders of more layers than a trace needs, where some do what the others do not."""
+    write = partial(write_qwen, kind=kind, text={"num_hidden_layers": 4}, vision=DEEP[kind])
+    subject = Subject.make(write, tmp_path)
+    for bundle in (subject.dense(tmp_path / "dense"), subject.skip):
+        report = subject.measure(bundle, ("export", "rewrite"), 3)
+        assert report.passed
+
+
 # -- parts -------------------------------------------------------------------------------------------
 
 
@@ -259,14 +278,14 @@ def refused(capsys, *args):
 
 
 def test_commands(subject, capsys, tmp_path):
-    model, out = subject.traced.source.folder, tmp_path / "out"
+    model, out = subject.traced.source.folder, subject.skip.folder
     data = write_questions(tmp_path)
     assert run(["inspect", str(model)]) == 0
     shown = capsys.readouterr().out
     assert "256 visual tokens of a square picture (other pictures have others)" in shown
     assert "made for fixed numbers of visual tokens, this model has more or less of them" in shown
     options = ["--preset", "quarter", "--most-retained", "20", "--no-summaries"]
-    assert run(["export", str(model), "-o", str(out), *options]) == 0
+    assert run(["export", str(model), "-o", str(tmp_path / "out"), *options, "--dry-run"]) == 0
     assert (
         "quarter-no-summaries-most-20: 20 visual tokens retained, 41 skipped of a square picture's 256"
         in (capsys.readouterr().out)

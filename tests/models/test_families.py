@@ -28,7 +28,7 @@ from skipvision_export.tensorrt.recipe import ProfileSettings, Recipe
 
 # By default those that differ most, for a few steps; all of them, for twelve, take ten minutes.
 STEPS = 13 if FULL else 4  # one of prefill, the others of decode
-NAMES = FAMILIES if FULL else ("llava_onevision", "internvl", "idefics3", "paligemma", "gemma3", "qwen2_5_vl")
+NAMES = FAMILIES if FULL else ("llava_onevision", "internvl", "idefics3", "paligemma", "gemma3")
 
 
 @pytest.fixture(scope="module", params=NAMES)
