@@ -7,7 +7,7 @@ import re
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from skipvision_export.graph.passes.names import DECODE, EMBED, GRID, VISION
+from skipvision_export.graph.passes.names import DECODE, EMBED, GRID, VISION, WINDOWS
 
 _TRACER = re.compile(r"\b[su]\d+\b")
 
@@ -83,6 +83,8 @@ def name_dims(model: ir.Model, graph: str) -> None:
             names = ["num_images", "num_crops", None, None, None]
         if value.name == "pixel_values" and len(value.shape) == 2:
             names = ["num_patches", None]
+        if value.name == WINDOWS:
+            names = ["num_windows", None]
         if value.name == "position_ids" and len(value.shape) == 3:
             names = [None, "batch", "sequence"]
         if names is None and value.name.startswith("past_key_values."):

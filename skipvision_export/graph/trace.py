@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from skipvision_export.graph.clean import clean, name_dims
 from skipvision_export.graph.fold import Weights, optimize_without_weights, settle_small
-from skipvision_export.graph.passes.names import DECODE, DEEPSTACK, EMBED, PREFILL, VISION, present_names
+from skipvision_export.graph.passes.names import (
+    DECODE,
+    DEEPSTACK,
+    EMBED,
+    GRID,
+    PREFILL,
+    VISION,
+    WINDOWS,
+    present_names,
+)
 from skipvision_export.graph.prefill import prefill_from_decode
 from skipvision_export.graph.repeat import TRACED, NotRepeatableError, repeat_layers
 from skipvision_export.graph.wrappers import Decoder, EmbedTokens, PatchEncoder, VisionEncoder
@@ -155,12 +164,19 @@ def _patches(model: nn.Module, family: ModelFamily, weights: Weights | None) -> 
     assert side is not None
     module = PatchEncoder(model, family)
     grid = torch.tensor([[1, 2 * side, 3 * side]])
+    args: tuple[Any, ...] = (_floats(model, 6 * side**2, family.patch_width(model.config)), grid)
+    names = ["pixel_values", GRID]
+    # The number of tokens is the one that may have any value.
+    dims: tuple[Any, ...] = ({0: side**2 * torch.export.Dim("tokens")}, {})
+    window = family.window_side(model.config)
+    if window is not None:
+        args, names = (*args, _ints(3, window**2)), [*names, WINDOWS]
+        dims = (*dims, {0: torch.export.Dim("windows")})
     return module, _export(
         module,
-        (_floats(model, 6 * side**2, family.patch_width(model.config)), grid),
-        # The number of tokens is the one that may have any value.
-        ({0: side**2 * torch.export.Dim("tokens")}, {}),
-        ["pixel_values", "image_grid_thw"],
+        args,
+        dims,
+        names,
         ["image_features"],
         weights,
     )

@@ -42,7 +42,7 @@ class PatchEncoder(nn.Module):
     """Of a `dynamic` family: pixel_values [P, C], image_grid_thw [1, 3] -> image_features [1, V, W].
 
     One picture: P patches in the order in which the processor gives them, V tokens in raster order, W as in
-    `ModelFamily.patch_features`.
+    `ModelFamily.patch_features`; where the family has a window_side, with a third input.
     """
 
     def __init__(self, model: nn.Module, family: ModelFamily) -> None:
@@ -52,10 +52,12 @@ class PatchEncoder(nn.Module):
         self.tower = family.vision_tower(model)
         self.projector = family.projector(model)
 
-    def forward(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
+    def forward(
+        self, pixel_values: Tensor, image_grid_thw: Tensor, window_index: Tensor | None = None
+    ) -> Tensor:
         """As the family encodes a picture."""
         return self.family.patch_features(
-            self.config, self.tower, self.projector, pixel_values, image_grid_thw
+            self.config, self.tower, self.projector, pixel_values, image_grid_thw, window_index
         )
 
 

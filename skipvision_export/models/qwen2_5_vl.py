@@ -16,7 +16,7 @@ class Qwen25VL(Qwen2VL):
     """`Qwen2_5_VLForConditionalGeneration` of transformers, for pictures.
 
     Its code puts patches in the order of their windows and turns that back at the end; here they stay
-    in their order and a mask tells the windows, which gives the same.
+    in their order and are gathered for each attention, which gives the same.
     """
 
     name = "qwen2_5_vl"
@@ -29,24 +29,30 @@ class Qwen25VL(Qwen2VL):
     def _intermediate(self, vision: Any) -> int:
         return int(vision.intermediate_size)
 
+    def window_side(self, config: Any) -> int:
+        """A window has whole tokens: of a size that is no multiple, the rest is left out."""
+        vision, side = config.vision_config, self.merge_size(config)
+        return int(vision.window_size // side // vision.patch_size * side)
+
     def equal_vision_layers(self, config: Any) -> bool:
         """Some attend to all, the others to their window."""
         vision = config.vision_config
         return len(set(vision.fullatt_block_indexes) & set(range(vision.depth))) in (0, vision.depth)
 
     def patch_features(
-        self, config: Any, tower: Any, projector: Any, pixel_values: Tensor, grid: Tensor
+        self,
+        config: Any,
+        tower: Any,
+        projector: Any,
+        pixel_values: Tensor,
+        grid: Tensor,
+        windows: Tensor | None = None,
     ) -> Tensor:
         """Patches see their window, in some layers all."""
-        vision, side = config.vision_config, self.merge_size(config)
-        row, column = places(pixel_values, grid, side)
+        row, column = places(pixel_values, grid, self.merge_size(config))
         x = embed_patches(tower, pixel_values)
         angles = rotation(tower, x, row, column)
-        # A window has whole tokens: of a size that is no multiple, the rest is left out.
-        width = vision.window_size // side // vision.patch_size * side
-        # No picture has as many columns of windows as it has patches.
-        window = row // width * pixel_values.shape[0] + column // width
-        same = window[:, None] == window[None, :]
         for i, block in enumerate(tower.blocks):
-            x = through(block, x, angles, None if i in vision.fullatt_block_indexes else same)
+            whole = i in config.vision_config.fullatt_block_indexes
+            x = through(block, x, angles, None if whole else windows)
         return projector(x)[None]  # type: ignore[no-any-return]

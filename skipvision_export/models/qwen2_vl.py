@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 class Qwen2VL(ModelFamily):
     """`Qwen2VLForConditionalGeneration` of transformers, for pictures.
 
-    All that follows from a picture's grid is computed inside the graph, of the grid and the number of
-    patches: transformers' own code loops over grids in Python, which cannot be traced. One picture at a
-    time, so that attention needs no borders between pictures.
+    What follows from a picture's grid is computed inside the graph, of the grid and the number of patches:
+    transformers' own code loops over grids in Python, which cannot be traced. One picture at a time, so
+    that attention needs no borders between pictures.
     """
 
     name = "qwen2_vl"
@@ -71,7 +71,13 @@ class Qwen2VL(ModelFamily):
         return int(vision.in_channels * vision.temporal_patch_size * vision.patch_size**2)
 
     def patch_features(
-        self, config: Any, tower: Any, projector: Any, pixel_values: Tensor, grid: Tensor
+        self,
+        config: Any,
+        tower: Any,
+        projector: Any,
+        pixel_values: Tensor,
+        grid: Tensor,
+        windows: Tensor | None = None,
     ) -> Tensor:
         """Every patch sees every other one."""
         row, column = places(pixel_values, grid, self.merge_size(config))
@@ -119,11 +125,11 @@ def rotation(tower: Any, x: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor
     return tower.rotary_pos_emb(x, torch.stack([row, column], dim=-1))  # type: ignore[no-any-return]
 
 
-def through(block: Any, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
-    """One block of a tower on a picture's patches [P, D]; mask: [P, P] bool, what sees what, None for all."""
+def through(block: Any, x: Tensor, angles: tuple[Tensor, Tensor], windows: Tensor | None = None) -> Tensor:
+    """One block of a tower on a picture's patches [P, D]; windows: what sees each other, None for all."""
 
     def forward(x: Tensor) -> Tensor:
-        x = x + _attend(block.attn, block.norm1(x), angles, mask)
+        x = x + _attend(block.attn, block.norm1(x), angles, windows)
         return x + block.mlp(block.norm2(x))  # type: ignore[no-any-return]
 
     # Called through the block, so that a trace knows which nodes are of which block.
@@ -134,8 +140,11 @@ def through(block: Any, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor |
         del vars(block)["forward"]
 
 
-def _attend(attention: Any, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-    """As the attention's own code, which cuts the patches at borders that it reads in Python."""
+def _attend(attention: Any, x: Tensor, angles: tuple[Tensor, Tensor], windows: Tensor | None) -> Tensor:
+    """As the attention's own code, which cuts the patches at borders that it reads in Python.
+
+    windows: see ModelFamily.patch_features; those of a picture become a batch.
+    """
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -149,6 +158,22 @@ def _attend(attention: Any, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tens
         turned = torch.cat([-wide[..., half:], wide[..., :half]], dim=-1)
         return (wide * cos + turned * sin).to(t.dtype)
 
-    seen = None if mask is None else mask[None, None]
-    out = scaled_dot_product_attention(rotated(q), rotated(k), v, attn_mask=seen, scale=attention.scaling)
-    return attention.proj(out[0].transpose(0, 1).flatten(1))  # type: ignore[no-any-return]
+    q, k, seen = rotated(q), rotated(k), None
+    if windows is not None:
+        # ONNX Runtime's Attention wants a row for each query.
+        seen = (windows < x.shape[0])[:, None, None, :].expand(-1, -1, windows.shape[1], -1)
+        q, k, v = (_cut(t, windows) for t in (q, k, v))
+    out = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=attention.scaling)
+    rows = out.transpose(1, 2).flatten(2).flatten(0, 1)  # [P, D], of windows [N * window_side**2, D]
+    if windows is not None:
+        # What fills windows up falls on one row more, which is cut off.
+        rows = rows.new_zeros(x.shape[0] + 1, rows.shape[1]).index_put((windows.flatten(),), rows)[:-1]
+    return attention.proj(rows)  # type: ignore[no-any-return]
+
+
+def _cut(t: Tensor, windows: Tensor) -> Tensor:
+    """[1, H, P, Dh] -> [N, H, window_side**2, Dh], zeros where a window has less patches."""
+    import torch
+
+    filled = torch.cat([t[0], t.new_zeros(t.shape[1], 1, t.shape[3])], dim=1).transpose(0, 1)
+    return filled[windows].transpose(1, 2)

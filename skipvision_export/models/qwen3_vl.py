@@ -49,7 +49,13 @@ class Qwen3VL(Qwen2VL):
         return int(vision.intermediate_size)
 
     def patch_features(
-        self, config: Any, tower: Any, projector: Any, pixel_values: Tensor, grid: Tensor
+        self,
+        config: Any,
+        tower: Any,
+        projector: Any,
+        pixel_values: Tensor,
+        grid: Tensor,
+        windows: Tensor | None = None,
     ) -> Tensor:
         """The main features, and behind them those of each layer in `deepstack_visual_indexes`."""
         import torch

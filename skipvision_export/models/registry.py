@@ -192,12 +192,24 @@ class ModelFamily:
         """pixel_values [N, 3, h, w] -> [N, V, D]: what the model's code does, on the two modules alone."""
         return projector(tower(pixel_values, return_dict=True).last_hidden_state)  # type: ignore[no-any-return]
 
+    def window_side(self, config: Any) -> int | None:
+        """Of a `dynamic` family: patches along each side of the windows that its tower has, if it has any."""
+        return None
+
     def patch_features(
-        self, config: Any, tower: Any, projector: Any, pixel_values: Tensor, grid: Tensor
+        self,
+        config: Any,
+        tower: Any,
+        projector: Any,
+        pixel_values: Tensor,
+        grid: Tensor,
+        windows: Tensor | None = None,
     ) -> Tensor:
         """Of a `dynamic` family, one picture: its patches [P, C] and grid [1, 3] -> [1, V, W].
 
         W is D, or (1 + deepstack_layers) D where there are further features, which come behind.
+        windows: where the family has a window_side, [N, window_side**2] int64, the patches of each window,
+        P where it has less.
         """
         raise NotImplementedError
 

@@ -6,6 +6,7 @@ picture, L of them laid out, W features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from skipvision_export.bundle import Manifest
 from skipvision_export.config import SkipVisionConfig
 from skipvision_export.errors import InputError
-from skipvision_export.graph.passes.names import GRID, GROUP_SIZES, PLACES, TOKEN_SCORES, VISION
+from skipvision_export.graph.passes.names import GRID, GROUP_SIZES, PLACES, TOKEN_SCORES, VISION, WINDOWS
 from skipvision_export.layout import TokenLayout
 from skipvision_export.runtime.batch import Ints, PromptBatch
 from skipvision_export.tokens import selector
@@ -107,7 +108,7 @@ class VaryingPictures:
         assert side is not None
         self._side = side
         self._own, self.config = manifest.skip_config, config or manifest.skip_config
-        self._inputs = {tensor.name for tensor in manifest.graphs[VISION].inputs}
+        self._inputs = {tensor.name: tensor.shape for tensor in manifest.graphs[VISION].inputs}
         self._dtype = manifest.dtype
 
     def tokens(self, grid: Ints) -> tuple[int, int]:
@@ -134,6 +135,8 @@ class VaryingPictures:
         """The encoder's inputs for one picture, [P, C] and [1, 3]."""
         rows, columns = self.tokens(grid[0])
         feeds: dict[str, Any] = {"pixel_values": pixels, GRID: grid}
+        if WINDOWS in self._inputs:
+            feeds[WINDOWS] = windows_of(grid[0], self._side, math.isqrt(int(self._inputs[WINDOWS][1])))
         if GROUP_SIZES in self._inputs:
             layout = self._own.layout(rows * columns, varies=True)
             feeds[GROUP_SIZES] = np.array(layout.selection_sizes(), np.int64)
@@ -163,6 +166,22 @@ class VaryingPictures:
             (rows * columns, self.layout(grid).total)
             for (rows, columns), grid in zip(counts, pictures.grids, strict=True)
         ]
+
+
+def windows_of(grid: Ints, side: int, window: int) -> Ints:
+    """The patches of each window, [N, window**2], of a picture of a grid [3]; the number of patches fills up.
+
+    Patches come in squares of `side` a side; windows are squares of `window` patches a side, cut at the
+    picture's end.
+    """
+    _, rows, columns = grid.tolist()
+    index = np.arange(rows * columns).reshape(rows // side, columns // side, side, side)
+    raster = index.transpose(0, 2, 1, 3).reshape(rows, columns)
+    pad = ((0, -rows % window), (0, -columns % window))
+    whole = np.pad(raster, pad, constant_values=rows * columns)
+    high, wide = (size // window for size in whole.shape)
+    squares = whole.reshape(high, window, wide, window).transpose(0, 2, 1, 3)
+    return squares.reshape(high * wide, window**2).astype(np.int64)
 
 
 def positions_of(batch: PromptBatch, image_token: int, rows: Sequence[Sequence[Placed]]) -> tuple[Ints, Ints]:

@@ -11,6 +11,7 @@ from full import FULL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from questions import write_questions
+from transformers.vision_utils import get_vision_window_index
 
 from skipvision_export import SkipVisionConfig, apply_skip_vision
 from skipvision_export.benchmark.parity import Prompt, measure_gaps
@@ -22,7 +23,7 @@ from skipvision_export.graph.passes.names import GRID
 from skipvision_export.layout import TokenLayout
 from skipvision_export.runtime.batch import PromptBatch
 from skipvision_export.runtime.pipeline import Bundle
-from skipvision_export.runtime.varying import LaidPictures, Patches, Placed, positions_of
+from skipvision_export.runtime.varying import LaidPictures, Patches, Placed, positions_of, windows_of
 from skipvision_export.tensorrt.build import plan
 from skipvision_export.tensorrt.recipe import Recipe
 
@@ -226,6 +227,16 @@ def test_layers_that_were_not_traced(kind, tmp_path):
 
 
 # -- parts -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("side", "window"), [(2, 4), (2, 8), (1, 3)])
+@pytest.mark.parametrize(("rows", "columns"), [(4, 6), (10, 8), (2, 2), (18, 34)])
+def test_windows_are_the_model_s_own(rows, columns, side, window):
+    found = [set(row[row < rows * columns]) for row in windows_of(np.array([1, rows, columns]), side, window)]
+    tokens, ends = get_vision_window_index(torch.tensor([[1, rows, columns]]), side, window, 1)
+    patches = (tokens[:, None] * side**2 + torch.arange(side**2)).flatten().tolist()
+    expected = [set(patches[a:b]) for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
+    assert found == expected
 
 
 def test_some_pictures_of_several():
