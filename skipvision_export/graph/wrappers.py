@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipvision_export.models import ModelFamily
+from skipvision_export.models import ModelFamily, PatchInput
 
 
 class VisionEncoder(nn.Module):
@@ -56,9 +56,8 @@ class PatchEncoder(nn.Module):
         self, pixel_values: Tensor, image_grid_thw: Tensor, window_index: Tensor | None = None
     ) -> Tensor:
         """As the family encodes a picture."""
-        return self.family.patch_features(
-            self.config, self.tower, self.projector, pixel_values, image_grid_thw, window_index
-        )
+        picture = PatchInput(pixel_values, image_grid_thw, window_index)
+        return self.family.patch_features(self.config, self.tower, self.projector, picture)
 
 
 class EmbedTokens(nn.Module):

@@ -13,6 +13,7 @@ from skipvision_export.models import qwen3_vl as qwen3_vl
 from skipvision_export.models.registry import (
     DecoderDims,
     ModelFamily,
+    PatchInput,
     Sees,
     VisionDims,
     check_parts,
@@ -23,6 +24,7 @@ from skipvision_export.models.registry import (
 __all__ = [
     "DecoderDims",
     "ModelFamily",
+    "PatchInput",
     "Sees",
     "VisionDims",
     "check_parts",

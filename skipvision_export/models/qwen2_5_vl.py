@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from skipvision_export.models.qwen2_vl import Qwen2VL, embed_patches, places, rotation, through
-from skipvision_export.models.registry import register
+from skipvision_export.models.registry import PatchInput, register
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,20 +39,12 @@ class Qwen25VL(Qwen2VL):
         vision = config.vision_config
         return len(set(vision.fullatt_block_indexes) & set(range(vision.depth))) in (0, vision.depth)
 
-    def patch_features(
-        self,
-        config: Any,
-        tower: Any,
-        projector: Any,
-        pixel_values: Tensor,
-        grid: Tensor,
-        windows: Tensor | None = None,
-    ) -> Tensor:
+    def patch_features(self, config: Any, tower: Any, projector: Any, picture: PatchInput) -> Tensor:
         """Patches see their window, in some layers all."""
-        row, column = places(pixel_values, grid, self.merge_size(config))
-        x = embed_patches(tower, pixel_values)
+        row, column = places(picture, self.merge_size(config))
+        x = embed_patches(tower, picture.patches)
         angles = rotation(tower, x, row, column)
         for i, block in enumerate(tower.blocks):
             whole = i in config.vision_config.fullatt_block_indexes
-            x = through(block, x, angles, None if whole else windows)
+            x = through(block, x, angles, None if whole else picture.windows)
         return projector(x)[None]  # type: ignore[no-any-return]

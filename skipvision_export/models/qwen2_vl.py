@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from skipvision_export.errors import ModelError
-from skipvision_export.models.registry import SIDE, ModelFamily, VisionDims, check_text, register
+from skipvision_export.models.registry import SIDE, ModelFamily, PatchInput, VisionDims, check_text, register
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -70,18 +70,10 @@ class Qwen2VL(ModelFamily):
         vision = config.vision_config
         return int(vision.in_channels * vision.temporal_patch_size * vision.patch_size**2)
 
-    def patch_features(
-        self,
-        config: Any,
-        tower: Any,
-        projector: Any,
-        pixel_values: Tensor,
-        grid: Tensor,
-        windows: Tensor | None = None,
-    ) -> Tensor:
+    def patch_features(self, config: Any, tower: Any, projector: Any, picture: PatchInput) -> Tensor:
         """Every patch sees every other one."""
-        row, column = places(pixel_values, grid, self.merge_size(config))
-        x = embed_patches(tower, pixel_values)
+        row, column = places(picture, self.merge_size(config))
+        x = embed_patches(tower, picture.patches)
         angles = rotation(tower, x, row, column)
         for block in tower.blocks:
             x = through(block, x, angles)
@@ -100,22 +92,22 @@ class Qwen2VL(ModelFamily):
         return model.model.visual.blocks  # type: ignore[union-attr,return-value]
 
 
-def places(pixel_values: Tensor, grid: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Row and column, [P] each, of patches [P, C], which come in squares of `side` a side; grid: [1, 3]."""
+def places(picture: PatchInput, side: int) -> tuple[Tensor, Tensor]:
+    """Row and column, [P] each, of a picture's patches, which come in squares of `side` a side."""
     import torch
 
-    index = torch.arange(pixel_values.shape[0], device=pixel_values.device)
+    index = torch.arange(picture.patches.shape[0], device=picture.patches.device)
     square, inside = index // side**2, index % side**2
-    squares = grid[0, 2] // side  # in a row of them
+    squares = picture.grid[0, 2] // side  # in a row of them
     return square // squares * side + inside // side, square % squares * side + inside % side
 
 
-def embed_patches(tower: Any, pixel_values: Tensor) -> Tensor:
+def embed_patches(tower: Any, patches: Tensor) -> Tensor:
     """[P, C] -> [P, D]: the convolution, whose kernel is as large as a patch, as the product that it is."""
     from torch.nn.functional import linear
 
     conv = tower.patch_embed.proj
-    return linear(pixel_values, conv.weight.flatten(1), conv.bias)
+    return linear(patches, conv.weight.flatten(1), conv.bias)
 
 
 def rotation(tower: Any, x: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,7 +135,7 @@ def through(block: Any, x: Tensor, angles: tuple[Tensor, Tensor], windows: Tenso
 def _attend(attention: Any, x: Tensor, angles: tuple[Tensor, Tensor], windows: Tensor | None) -> Tensor:
     """As the attention's own code, which cuts the patches at borders that it reads in Python.
 
-    windows: see ModelFamily.patch_features; those of a picture become a batch.
+    windows: see PatchInput; those of a picture become a batch.
     """
     import torch
     from torch.nn.functional import scaled_dot_product_attention

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from skipvision_export.errors import ModelError
 from skipvision_export.models.qwen2_vl import Qwen2VL, embed_patches, places, rotation, through
-from skipvision_export.models.registry import register
+from skipvision_export.models.registry import PatchInput, register
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,21 +48,14 @@ class Qwen3VL(Qwen2VL):
     def _intermediate(self, vision: Any) -> int:
         return int(vision.intermediate_size)
 
-    def patch_features(
-        self,
-        config: Any,
-        tower: Any,
-        projector: Any,
-        pixel_values: Tensor,
-        grid: Tensor,
-        windows: Tensor | None = None,
-    ) -> Tensor:
+    def patch_features(self, config: Any, tower: Any, projector: Any, picture: PatchInput) -> Tensor:
         """The main features, and behind them those of each layer in `deepstack_visual_indexes`."""
         import torch
 
-        row, column = places(pixel_values, grid, self.merge_size(config))
-        x = embed_patches(tower, pixel_values)
-        x = x + _learned_positions(tower, row, grid[0, 1], column, grid[0, 2]).to(x.dtype)
+        row, column = places(picture, self.merge_size(config))
+        x = embed_patches(tower, picture.patches)
+        _, height, width = picture.grid[0]
+        x = x + _learned_positions(tower, row, height, column, width).to(x.dtype)
         angles = rotation(tower, x, row, column)
         levels: dict[int, Tensor] = {}
         read = list(config.vision_config.deepstack_visual_indexes)

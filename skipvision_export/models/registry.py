@@ -77,6 +77,19 @@ class VisionDims:
         return self.has_cls and self.token_patches == 1
 
 
+@dataclass(frozen=True)
+class PatchInput:
+    """A picture of any shape: patches [P, C] in squares of `merge_size` a side, and its grid [1, 3].
+
+    windows: where the family has a window_side, [N, window_side**2] int64, the patches of each window, P
+    where it has less.
+    """
+
+    patches: Tensor
+    grid: Tensor
+    windows: Tensor | None = None
+
+
 class ModelFamily:
     """What the exporter and the reference have to know about one architecture."""
 
@@ -196,20 +209,10 @@ class ModelFamily:
         """Of a `dynamic` family: patches along each side of the windows that its tower has, if it has any."""
         return None
 
-    def patch_features(
-        self,
-        config: Any,
-        tower: Any,
-        projector: Any,
-        pixel_values: Tensor,
-        grid: Tensor,
-        windows: Tensor | None = None,
-    ) -> Tensor:
-        """Of a `dynamic` family, one picture: its patches [P, C] and grid [1, 3] -> [1, V, W].
+    def patch_features(self, config: Any, tower: Any, projector: Any, picture: PatchInput) -> Tensor:
+        """Of a `dynamic` family, one picture -> [1, V, W].
 
         W is D, or (1 + deepstack_layers) D where there are further features, which come behind.
-        windows: where the family has a window_side, [N, window_side**2] int64, the patches of each window,
-        P where it has less.
         """
         raise NotImplementedError
 

@@ -24,7 +24,7 @@ IMAGE_FEATURES = "image_features"
 # depend on the picture. And what it gives where they are chosen: the place in raster order of each
 # laid-out token, [1, total], -1 for a summary token.
 GRID = "image_grid_thw"
-# Beside it where the tower attends within windows: the patches of each, see ModelFamily.patch_features.
+# Beside it where the tower attends within windows: the patches of each, see PatchInput.
 WINDOWS = "window_index"
 GROUP_SIZES = "group_sizes"
 TOKEN_SCORES = "token_scores"
