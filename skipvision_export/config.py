@@ -7,14 +7,13 @@ The only place that computes token counts. Source: Skip-Vision (arXiv 2503.21817
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
 from skipvision_export.errors import ConfigError
-from skipvision_export.layout import Role, Run, TokenLayout
+from skipvision_export.layout import Role, TokenLayout, policy_layout, role_of, runs_of
 from skipvision_export.tokens import merge_names, selector, selector_names
 
 PassThrough = Literal["none", "last", "first_last"]
@@ -41,6 +40,8 @@ class SkipVisionConfig:
     skip_ffn, skip_kv: the two halves of the method; False is for ablations
     kv_share: of a policy: share of the visual tokens whose K/V are dropped after prefill
     tiled: the image comes as a thumbnail and tiles (LLaVA-NeXT); all tiles' tokens are merged
+    most_retained: with shares: retained tokens of an image at most; those over it are merged where a preset
+        merges, else skipped
     """
 
     name: str = "custom"
@@ -61,6 +62,7 @@ class SkipVisionConfig:
     tiled: bool = False
     seed: int = 0
     kv_share: float = 0.0
+    most_retained: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself; raises ConfigError."""
@@ -101,6 +103,10 @@ class SkipVisionConfig:
             self.skip_share is None or self.retained_share + self.skip_share > 1
         ):
             raise ConfigError("retained_share needs a skip_share, and the two must not exceed 1")
+        if self.most_retained is not None and (self.skip_share is None or self.most_retained < 1):
+            raise ConfigError(
+                f"most_retained={self.most_retained} needs a preset by share and must be at least 1"
+            )
 
     def _check_choices(self) -> None:
         for label, value, allowed in (
@@ -155,6 +161,8 @@ class SkipVisionConfig:
         """True where the model is left as it is."""
         if self.layer_shares is not None:
             return not any(self.layer_shares) and not self.kv_share
+        if self.most_retained is not None:
+            return False
         nothing = self.skip_share == 0 if self.skip_share is not None else self.skipped == 0
         return nothing and not self.summaries and self.visual_tokens is None and not self.merges_some
 
@@ -164,22 +172,37 @@ class SkipVisionConfig:
         return self.retained_share is not None
 
     def layout(
-        self, visual_tokens: int, *, num_layers: int | None = None, tiled: bool = False
+        self,
+        visual_tokens: int,
+        *,
+        num_layers: int | None = None,
+        tiled: bool = False,
+        varies: bool = False,
     ) -> TokenLayout:
         """Resolve the counts for a model.
 
-        visual_tokens: of each image, or of each crop where the model tiles its images.
-        Raises ConfigError where the configuration does not fit.
+        visual_tokens: of each image, or of each crop where the model tiles its images. varies: whether
+        it is only that of one image. Raises ConfigError where the configuration does not fit.
         """
+        if varies:
+            self._check_varying()
         self._check_fit(visual_tokens, num_layers, tiled)
         if self.layer_shares is not None:
-            return self._policy_layout(visual_tokens)
+            ranks: Sequence[int] = range(visual_tokens)
+            if self.order == "raster":
+                ranks = _static_ranks(self.selector, self.seed, visual_tokens)
+            return policy_layout(visual_tokens, self.layer_shares, self.kv_share, ranks)
         retained, skipped = self._counts(visual_tokens)
-        bypass = self._role(not self.skip_ffn, not self.skip_kv)
-        through = self._role(True, not self.skip_kv)
+        if varies and self.summaries and not (retained and skipped):
+            raise ConfigError(
+                f"preset {self.name!r} leaves {retained} retained and {skipped} skipped tokens of a picture "
+                f"with {visual_tokens} visual tokens, a summary needs one of each; give a larger picture"
+            )
+        bypass = role_of(not self.skip_ffn, not self.skip_kv)
+        through = role_of(True, not self.skip_kv)
         if self.order == "raster":
             ranks = _static_ranks(self.selector, self.seed, visual_tokens)
-            return TokenLayout(_runs("retained" if rank < retained else bypass for rank in ranks))
+            return TokenLayout(runs_of("retained" if rank < retained else bypass for rank in ranks))
         block: list[Role] = [bypass] * skipped
         if block and self.pass_through != "none":
             block[-1] = through
@@ -187,11 +210,24 @@ class SkipVisionConfig:
                 block[0] = through
         summary: list[Role] = ["summary"] if self.summaries else []
         return TokenLayout(
-            _runs(["retained"] * retained)
-            + _runs(summary if retained else [])
-            + _runs(block)
-            + _runs(summary if skipped else [])
+            runs_of(["retained"] * retained)
+            + runs_of(summary if retained else [])
+            + runs_of(block)
+            + runs_of(summary if skipped else [])
         )
+
+    def _check_varying(self) -> None:
+        if self.layer_shares is not None:
+            raise ConfigError(
+                f"policy {self.name!r} is for one number of visual tokens, this model has more or less of "
+                "them for each picture; use a preset by share such as skip-50"
+            )
+        if self.skip_share is None:
+            raise ConfigError(
+                f"preset {self.name!r} is for fixed numbers of visual tokens, this model has more or less of "
+                "them for each picture; use a preset by share such as skip-50, with --most-retained N for a "
+                "limit"
+            )
 
     def _check_fit(self, visual_tokens: int, num_layers: int | None, tiled: bool) -> None:
         if self.visual_tokens is not None and self.visual_tokens != visual_tokens:
@@ -226,6 +262,10 @@ class SkipVisionConfig:
             if self.retained_share is not None:
                 # Both rounded up may be one too many.
                 retained = min(retained, round(visual_tokens * self.retained_share))
+            if self.most_retained is not None:
+                retained = min(retained, self.most_retained)
+                if self.retained_share is None:
+                    skipped = visual_tokens - retained
         else:
             assert self.retained is not None and self.skipped is not None  # by __post_init__
             retained, skipped = self.retained, self.skipped
@@ -246,44 +286,6 @@ class SkipVisionConfig:
                 f"model's {visual_tokens} visual tokens with nothing to be merged to; skip at least 1"
             )
         return retained, skipped
-
-    def _policy_layout(self, visual_tokens: int) -> TokenLayout:
-        assert self.layer_shares is not None
-        counts = [round(visual_tokens * share) for share in self.layer_shares]
-        dropped = round(visual_tokens * self.kv_share)
-        levels = sorted({n for n in (*counts, dropped) if n}, reverse=True)  # tier 1 has the most tokens
-
-        def tier_of(count: int) -> int:
-            return levels.index(count) + 1 if count else 0
-
-        # A token has the highest tier whose layers let it skip; tokens are ranked by importance.
-        tier_of_rank = [sum(rank >= visual_tokens - n for n in levels) for rank in range(visual_tokens)]
-        ranks: Iterable[int] = range(visual_tokens)
-        if self.order == "raster":
-            ranks = _static_ranks(self.selector, self.seed, visual_tokens)
-        grouped = [(tier, len(list(run))) for tier, run in groupby(tier_of_rank[rank] for rank in ranks)]
-        layer_tiers = tuple(map(tier_of, counts))
-        lowest = min(filter(None, layer_tiers), default=len(levels) + 1)
-
-        def role(tier: int) -> Role:
-            kept = not dropped or tier < tier_of(dropped)
-            return "retained" if tier < lowest and kept else self._role(tier < lowest, kept)
-
-        return TokenLayout(
-            tuple((role(tier), n) for tier, n in grouped),
-            tuple(tier for tier, _ in grouped),
-            layer_tiers,
-        )
-
-    @staticmethod
-    def _role(ffn: bool, kv: bool) -> Role:
-        by_effect: dict[tuple[bool, bool], Role] = {
-            (True, True): "passed",
-            (False, False): "skipped",
-            (True, False): "ffn_only",
-            (False, True): "kv_only",
-        }
-        return by_effect[ffn, kv]
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""
@@ -345,10 +347,6 @@ def _check_policy(data: dict[str, Any]) -> None:
     config = data.get("config")
     if not isinstance(config, dict) or config.get("layer_shares") is None:
         raise ConfigError("a policy without config.layer_shares; calibrate again")
-
-
-def _runs(roles: Iterable[Role]) -> tuple[Run, ...]:
-    return tuple((role, len(list(run))) for role, run in groupby(roles))
 
 
 def _static_ranks(name: str, seed: int, visual_tokens: int) -> list[int]:

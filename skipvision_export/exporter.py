@@ -112,6 +112,8 @@ class TracedModel:
             pack=None if reference_weights else PackProjectionsPass(pack),
             int4=Int4WeightsPass(quantize) if weights else None,
             target=target,
+            width=dims.hidden_size if family.dynamic else None,
+            deepstack=family.deepstack_layers(hf_config),
         )
         rewritten = rewrite(self.trace, context)
         with atomic_folder(out, force) as folder:
@@ -151,6 +153,8 @@ class TracedModel:
                     **asdict(dims),
                     visual_tokens=visual,
                     tiled=family.tiled,
+                    merge_size=family.merge_size(hf_config),
+                    deepstack=family.deepstack_layers(hf_config),
                     image_token_id=family.image_token_id(hf_config),
                     max_positions=context.max_positions,
                 ),

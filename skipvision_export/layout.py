@@ -5,7 +5,9 @@ Source: Skip-Vision (arXiv 2503.21817), token roles.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 Role = Literal["retained", "summary", "skipped", "ffn_only", "kv_only", "passed"]
@@ -106,3 +108,50 @@ class TokenLayout:
         for (_, n), tier in zip(self.runs, self.tiers, strict=True):
             sizes[tier] += n
         return tuple(sizes)
+
+
+def policy_layout(
+    visual_tokens: int, layer_shares: Sequence[float], kv_share: float, ranks: Sequence[int]
+) -> TokenLayout:
+    """The layout of a policy: shares of the visual tokens that skip each layer's FFN, and whose K/V go.
+
+    ranks: by importance, of each token in the order in which they stand.
+    """
+    counts = [round(visual_tokens * share) for share in layer_shares]
+    dropped = round(visual_tokens * kv_share)
+    levels = sorted({n for n in (*counts, dropped) if n}, reverse=True)  # tier 1 has the most tokens
+
+    def tier_of(count: int) -> int:
+        return levels.index(count) + 1 if count else 0
+
+    # A token has the highest tier whose layers let it skip; tokens are ranked by importance.
+    tier_of_rank = [sum(rank >= visual_tokens - n for n in levels) for rank in range(visual_tokens)]
+    grouped = [(tier, len(list(run))) for tier, run in groupby(tier_of_rank[rank] for rank in ranks)]
+    layer_tiers = tuple(map(tier_of, counts))
+    lowest = min(filter(None, layer_tiers), default=len(levels) + 1)
+
+    def role(tier: int) -> Role:
+        kept = not dropped or tier < tier_of(dropped)
+        return "retained" if tier < lowest and kept else role_of(tier < lowest, kept)
+
+    return TokenLayout(
+        tuple((role(tier), n) for tier, n in grouped),
+        tuple(tier for tier, _ in grouped),
+        layer_tiers,
+    )
+
+
+def role_of(ffn: bool, kv: bool) -> Role:
+    """Of a token of the skipped block that goes through FFNs, and whose K/V stay."""
+    by_effect: dict[tuple[bool, bool], Role] = {
+        (True, True): "passed",
+        (False, False): "skipped",
+        (True, False): "ffn_only",
+        (False, True): "kv_only",
+    }
+    return by_effect[ffn, kv]
+
+
+def runs_of(roles: Iterable[Role]) -> tuple[Run, ...]:
+    """Roles in order, equal neighbours joined."""
+    return tuple((role, len(list(run))) for role, run in groupby(roles))

@@ -46,8 +46,18 @@ from transformers import (
     PaliGemmaProcessor,
     Phi3Config,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
     Qwen2Config,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLProcessor,
     Qwen3Config,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
     SmolVLMConfig,
@@ -248,6 +258,69 @@ def write_gemma3(folder: Path) -> Path:
     return save(folder, amplified(Gemma3ForConditionalGeneration, config), processor)
 
 
+# Vision towers of Qwen's models: patches of 8 pixels, four of them for a token.
+QWEN_TOWERS = {
+    "qwen2_vl": {"embed_dim": 48, "hidden_size": 64, "mlp_ratio": 2},
+    "qwen2_5_vl": {
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "out_hidden_size": 64,
+        "window_size": 32,  # two by two tokens
+        "fullatt_block_indexes": [1],
+    },
+    "qwen3_vl": {
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "out_hidden_size": 64,
+        "num_position_embeddings": 36,
+        "deepstack_visual_indexes": [0, 1],
+        "depth": 3,
+    },
+}
+QWEN = {
+    "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor),
+    "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor),
+    "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor),
+}
+
+
+def write_qwen(folder: Path, kind: str, text: dict | None = None, vision: dict | None = None) -> Path:
+    """Pictures of their own shape: 36 visual tokens for 96 by 96 pixels.
+
+    text, vision: what is otherwise in the two configurations.
+    """
+    sizes, (config_kind, model_kind, processor_kind) = text_config("qwen2").to_dict(), QWEN[kind]
+    special = tokenizer(
+        image_token="<image>",
+        video_token="<video>",
+        vision_start_token="<|vision_start|>",
+        vision_end_token="<|vision_end|>",
+    )
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    names += ("max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
+    text = {name: sizes[name] for name in names} | {"head_dim": 16, "num_hidden_layers": 3} | (text or {})
+    # A small base: else the slower axes of positions hardly turn.
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 3, 3]}
+    if kind != "qwen3_vl":
+        del text["head_dim"]
+    config = config_kind(
+        vision_config={"depth": 2, "num_heads": 4, "patch_size": 8} | QWEN_TOWERS[kind] | (vision or {}),
+        text_config=text,
+        image_token_id=3,
+        video_token_id=special.video_token_id,
+        vision_start_token_id=special.vision_start_token_id,
+        vision_end_token_id=special.vision_end_token_id,
+    )
+    config.text_config.vocab_size = len(special)
+    images = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 32 * 32, "longest_edge": 160 * 160}, patch_size=8, merge_size=2
+    )
+    start, end = special.vision_start_token, special.vision_end_token
+    template = TEMPLATE.replace("<image>", f"{start}<image>{end}")
+    processor = without_videos(processor_kind)(images, special, chat_template=template)
+    return save(folder, amplified(model_kind, config), processor)
+
+
 # Every row of the test table.
 FAMILIES: dict[str, Callable[[Path], Path]] = {
     **{f"llava: clip, {text}": partial(write_family, text=text) for text in TEXT},
@@ -259,4 +332,5 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "smolvlm": partial(write_idefics3, smol=True),
     "paligemma": write_paligemma,
     "gemma3": write_gemma3,
+    **{kind: partial(write_qwen, kind=kind) for kind in QWEN},
 }

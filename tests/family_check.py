@@ -53,8 +53,15 @@ class Subject:
     def twins(self, folder: Path, steps: int) -> dict[str, float]:
         """The rewrite gap of each broken bundle; that of an intact one is within the limit."""
         found = {}
-        later = self.traced.source.family.sees != "before"
-        for graph, damage in (*TWINS, ("decoder_prefill", see_only_before))[: 2 + later]:
+        family, config = self.traced.source.family, self.traced.source.config
+        damages = list(TWINS)
+        if family.sees != "before":
+            damages.append(("decoder_prefill", see_only_before))
+        if family.dynamic:
+            damages += AXES
+        if family.deepstack_layers(config):
+            damages.append(("decoder_prefill", drop_deepstack))
+        for graph, damage in damages:
             at = folder / f"{graph}-{damage.__name__}"
             intact = twin(self.skip, at, leave_as_it_is, graph)
             assert self.measure(intact, ("rewrite",), steps, 1).passed
@@ -126,4 +133,37 @@ def see_only_before(graph: ir.Graph) -> None:
         ir.convenience.replace_all_uses_with(wider.outputs[0], wider.inputs[0])
 
 
+def take_rows_for_columns(graph: ir.Graph) -> None:
+    """The second and the third axis of positions change places."""
+    order = held(graph, "axes", [0, 2, 1])
+    instead_of_input(graph, "position_ids", lambda value: [ir.node("Gather", [value, order], {"axis": 0})])
+
+
+def stay_on_one_axis(graph: ir.Graph) -> None:
+    """Decode's positions on the column axis are those of the token before."""
+    back = ir.Value(name="twin.back", const_value=ir.tensor(np.array([0, 0, -1], np.int64).reshape(3, 1, 1)))
+    graph.register_initializer(back)
+    instead_of_input(graph, "position_ids", lambda value: [ir.node("Add", [value, back])])
+
+
+def put_tokens_elsewhere(graph: ir.Graph) -> None:
+    """Laid-out tokens, summary tokens among them, stand one place behind their own."""
+    places = graph.outputs[1]
+    moved = ir.node("Add", [places, held(graph, "one", [1])])
+    moved.outputs[0].name, places.name = places.name, "twin.places"
+    moved.outputs[0].type, moved.outputs[0].shape = places.type, places.shape
+    graph.append(moved)
+    graph.outputs[1] = moved.outputs[0]
+
+
+def drop_deepstack(graph: ir.Graph) -> None:
+    """Visual tokens get no further features behind the first layers."""
+    instead_of_input(graph, "deepstack_embeds", lambda value: [ir.node("Sub", [value, value])])
+
+
+AXES = (
+    ("decoder_prefill", take_rows_for_columns),
+    ("decoder_decode", stay_on_one_axis),
+    ("vision_encoder", put_tokens_elsewhere),
+)
 TWINS = (("decoder_prefill", let_a_row_pass_by), ("decoder_decode", count_positions_one_further))

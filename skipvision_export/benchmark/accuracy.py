@@ -14,6 +14,7 @@ from skipvision_export.runtime.data import Sample
 from skipvision_export.runtime.pipeline import Bundle
 from skipvision_export.runtime.prompt import PromptInputs
 from skipvision_export.runtime.torch_reference import TorchReference
+from skipvision_export.runtime.varying import LaidPictures
 
 Progress = Callable[[str], None]
 
@@ -75,7 +76,7 @@ class BundleAnswerer:
     def __init__(self, bundle: Bundle, max_new_tokens: int = 32, batch: int = 1) -> None:
         """max_new_tokens: where an answer is cut; batch: questions that are answered in one run."""
         self.bundle, self.max_new_tokens, self.batch = bundle, max_new_tokens, batch
-        self._features: dict[tuple[Path, ...], np.ndarray] = {}
+        self._features: dict[tuple[Path, ...], Any] = {}
 
     def answers(self, samples: Sequence[Sample]) -> Iterator[str]:
         """Greedy answers."""
@@ -86,16 +87,20 @@ class BundleAnswerer:
             for done in self.bundle.run_batch(inputs, self.max_new_tokens, features=features):
                 yield self.bundle.decode_text(done.token_ids)
 
-    def _encode(self, asked: Sequence[tuple[Path, ...]], inputs: Sequence[PromptInputs]) -> np.ndarray | None:
-        """Features [N, V, D] of all questions' pictures, those of the last call not encoded again."""
+    def _encode(self, asked: Sequence[tuple[Path, ...]], inputs: Sequence[PromptInputs]) -> Any:
+        """Features of all questions' pictures, those of the last call not encoded again; None without any."""
         generator, known = self.bundle.generator, self._features
         self._features = {images: known[images] for images in asked if images in known}
         for images, own in zip(asked, inputs, strict=True):
             if images and images not in self._features:
                 encoded = generator.encode(own.pixel_values)
-                # A copy: the backend's memory may be gone with its tensor.
-                self._features[images] = generator.backend.numpy(encoded).copy()
+                if not isinstance(encoded, LaidPictures):
+                    # A copy: the backend's memory may be gone with its tensor.
+                    encoded = generator.backend.numpy(encoded).copy()
+                self._features[images] = encoded
         found = [self._features[images] for images in asked if images]
+        if found and isinstance(found[0], LaidPictures):
+            return LaidPictures.join(found)
         return np.concatenate(found) if found else None
 
 

@@ -61,6 +61,7 @@ class Contenders:
         self.bundle, self.reference, self.max_new_tokens = bundle, reference, max_new_tokens
         self.dtype, self.weights = bundle.manifest.dtype, bundle.manifest.weights
         self.exact = is_exact(bundle.manifest)
+        self.varies = bundle.manifest.model.merge_size is not None
         self.orders: list[list[int]] = []
         self._last: dict[str, Transcript] = {}
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -125,7 +126,7 @@ class Contenders:
     def ort(self, prompt: Prompt) -> Transcript:
         """The bundle: as it runs in float32, else widened."""
         inputs = self._placed(prompt)
-        if self.exact:
+        if self.exact or self.varies:
             return self._run(self.wide.generator, inputs)
         self._last["ort"] = self._with_features(self.wide, self._raster, inputs)
         return self._last["ort"]
@@ -169,6 +170,8 @@ class Contenders:
 
     @cached_property
     def _everything(self) -> Generator:
+        if self.varies:
+            return Generator(self.wide.backend, self.wide.manifest, config=SkipVisionConfig.dense())
         layers = self.bundle.manifest.layout.layer_tiers
         runs = (("retained", self.reference.visual_tokens),)
         whole = TokenLayout(runs, (0,) if layers else (), layers)  # type: ignore[arg-type]
@@ -190,6 +193,7 @@ class Contenders:
 
     def _with_features(self, bundle: Bundle, raster: RasterEncoder, inputs: PromptInputs) -> Transcript:
         """A generation that records its picture's features."""
+        assert isinstance(inputs.pixel_values, np.ndarray)
         found, order = raster.run(inputs.pixel_values)
         laid = bundle.generator.encode(inputs.pixel_values)
         done = self._run(bundle.generator, inputs, features=laid)

@@ -10,8 +10,10 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 import onnxruntime as ort
 
-from skipvision_export.graph.passes.names import RASTER_FEATURES, TOKEN_ORDER, VISION
+from skipvision_export.graph.passes.names import IMAGE_FEATURES, PLACES, RASTER_FEATURES, TOKEN_ORDER, VISION
+from skipvision_export.runtime.generation import Pixels
 from skipvision_export.runtime.pipeline import Bundle
+from skipvision_export.runtime.varying import Patches, VaryingPictures
 
 
 class RasterEncoder:
@@ -22,6 +24,10 @@ class RasterEncoder:
         file = bundle.folder / bundle.manifest.graphs[VISION].file
         model = ir.load(file)
         graph = model.graph
+        manifest = bundle.manifest
+        self._varying = VaryingPictures(manifest) if manifest.model.merge_size else None
+        for value in [v for v in graph.outputs if v.name == PLACES]:
+            graph.outputs.remove(value)
         inside = {v.name: v for node in graph for v in node.outputs}
         raster = inside.get(RASTER_FEATURES)
         if raster is not None:
@@ -41,9 +47,17 @@ class RasterEncoder:
             ir.to_proto(model).SerializeToString(), options, providers=list(bundle.backend.providers)
         )
 
-    def __call__(self, pixel_values: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
-        """[N, 3, h, w] -> [N, V, D] in raster order."""
+    def __call__(self, pixel_values: Pixels) -> Any:
+        """[N, 3, h, w] -> [N, V, D] in raster order; patches of pictures of any shape -> LaidPictures."""
+        if isinstance(pixel_values, Patches):
+            assert self._varying is not None
+            return self._varying.encode(self._run_one, pixel_values)
         return self.run(pixel_values)[0]
+
+    def _run_one(self, feeds: dict[str, Any]) -> dict[str, Any]:
+        names = [value.name for value in self._session.get_inputs()]
+        raster = self._session.run(None, {name: feeds[name] for name in names})[0]
+        return {IMAGE_FEATURES: raster}
 
     def run(self, pixel_values: npt.NDArray[np.float32]) -> tuple[npt.NDArray[Any], list[list[int]]]:
         """The same, and the chosen order of each image's tokens: [N, V], empty where it is a constant."""

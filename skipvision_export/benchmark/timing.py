@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -21,6 +22,7 @@ from skipvision_export.graph.passes.names import PREFILL, ffn_dim_name
 from skipvision_export.models import DecoderDims
 from skipvision_export.runtime.pipeline import Bundle
 from skipvision_export.runtime.prompt import PromptInputs
+from skipvision_export.runtime.varying import Patches
 
 Progress = Callable[[str], None]
 
@@ -65,11 +67,18 @@ def bench_inputs(bundle: Bundle, text_tokens: int) -> PromptInputs:
     """Random pixels and ids with the bundle's number of visual tokens; the same for every bundle."""
     rng = np.random.default_rng(0)
     model = bundle.manifest.model
-    pixels = next(t for t in bundle.manifest.graphs["vision_encoder"].inputs).shape[1:]
-    # A dynamic size here is the number of crops of a tiled image: a thumbnail and four tiles.
-    pixels = [n if isinstance(n, int) else 5 for n in pixels]
+    pixels: Any = next(t for t in bundle.manifest.graphs["vision_encoder"].inputs).shape[1:]
     others = np.setdiff1d(np.arange(model.vocab_size), [model.image_token_id])
     before = text_tokens // 4
+    pictures: Any
+    if model.merge_size is not None:  # a square picture
+        side = math.isqrt(model.visual_tokens) * model.merge_size
+        patches = rng.standard_normal((side**2, pixels[0])).astype(np.float32)
+        pictures = Patches(patches, np.array([[1, side, side]], np.int64))
+    else:
+        # A dynamic size here is the number of crops of a tiled image: a thumbnail and four tiles.
+        shape = [n if isinstance(n, int) else 5 for n in pixels]
+        pictures = rng.standard_normal((1, *shape)).astype(np.float32)
     ids = np.concatenate(
         [
             rng.choice(others, before),
@@ -77,10 +86,7 @@ def bench_inputs(bundle: Bundle, text_tokens: int) -> PromptInputs:
             rng.choice(others, text_tokens - before),
         ]
     )
-    return PromptInputs(
-        ids[None].astype(np.int64),
-        rng.standard_normal((1, *map(int, pixels))).astype(np.float32),
-    )
+    return PromptInputs(ids[None].astype(np.int64), pictures)
 
 
 def bench(

@@ -26,6 +26,11 @@ def check_genai(layout: TokenLayout, family: ModelFamily, dtype: str) -> None:
             "kv_keep_index, and its positions count the cached tokens, which are fewer once K/V are pruned; "
             "use --dense, or leave out --target"
         )
+    if family.dynamic:
+        raise ConfigError(
+            "onnxruntime-genai counts positions on one axis in the pipeline that runs our graphs; in "
+            f"{family.name} they have three, and pictures any shape: leave out --target"
+        )
     if family.tiled:
         raise ConfigError(
             "onnxruntime-genai gives the embeddings the tiles of a picture as they come, unpacked; a tiled "

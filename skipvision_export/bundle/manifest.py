@@ -142,6 +142,11 @@ class ModelInfo(StrictModel):
 
     visual_tokens are those of one crop where an image is `tiled`, a thumbnail and tiles. max_positions: of
     a sequence, generated tokens included; no graph may be given a position beyond.
+
+    merge_size: set where a picture keeps its shape: patches along each side of a visual token. Then
+    visual_tokens and roles are those of one square picture, the configuration tells them for any other
+    (`SkipVisionConfig.layout`), and positions have three axes. deepstack: decoder layers behind which
+    further features are added.
     """
 
     num_layers: int
@@ -157,6 +162,8 @@ class ModelInfo(StrictModel):
     experts_per_token: int = 0
     tiled: bool = False
     max_positions: int | None = None
+    merge_size: int | None = None
+    deepstack: int = 0
 
 
 class PromptInfo(StrictModel):

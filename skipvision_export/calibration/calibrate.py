@@ -172,8 +172,8 @@ def plan(source: ModelSource, data: Path, budget: Budget, settings: Settings | N
     settings = settings or Settings()
     if not source.family.plain:
         raise ModelError(
-            "calibration is for models with one crop for each image whose tokens see those before them, not "
-            f"{source.family.name}"
+            "calibration is for models with one crop of one size for each image whose tokens see those "
+            f"before them, not {source.family.name}"
         )
     processor = load_processor(source.folder)
     ends = eos_tokens(source.folder, processor)

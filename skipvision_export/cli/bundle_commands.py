@@ -124,7 +124,7 @@ def _prompts(source: ModelSource, data: Path | None, samples: int) -> list[Promp
     if data is not None:
         return prompts_from(load_imagefolder(data, samples))
     size, family = source.family.vision_dims(source.config).image_size, source.family
-    return synthetic_prompts(samples, size, family.cropped or family.tiled)
+    return synthetic_prompts(samples, size, family.cropped or family.tiled or family.dynamic)
 
 
 def gap_line(gap: Gap) -> str:

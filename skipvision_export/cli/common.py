@@ -57,6 +57,13 @@ SummariesOption = Annotated[
     bool | None,
     typer.Option("--summaries/--no-summaries", help="Add summary tokens, or leave them out."),
 ]
+MostRetainedOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="With a preset by share: retained visual tokens of a picture at most, however large.",
+    ),
+]
 PassThroughOption = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Skipped tokens that go through the FFN: none, last, first_last."),
@@ -113,12 +120,13 @@ def choose_config(
     strict: bool = False,
     summaries: bool | None = None,
     pass_through: str | None = None,
+    most_retained: int | None = None,
     saved: SkipVisionConfig | None = None,
 ) -> SkipVisionConfig:
     """The configuration that the options name; raises ConfigError unless it is exactly one.
 
-    saved: what a fine-tuned model carries, for where none is named. selector, strict, summaries and
-    pass_through change what was named, and its name.
+    saved: what a fine-tuned model carries, for where none is named. selector, strict, summaries,
+    pass_through and most_retained change what was named, and its name.
     """
     by_counts = retained is not None or skipped is not None
     named = (preset is not None) + (policy is not None) + by_counts + dense
@@ -137,10 +145,13 @@ def choose_config(
         changes["summaries"], label = summaries, [*label, "summaries" if summaries else "no-summaries"]
     if pass_through is not None:
         changes["pass_through"], label = pass_through, [*label, f"pass-{pass_through.replace('_', '-')}"]
+    if most_retained is not None:
+        changes["most_retained"], label = most_retained, [*label, f"most-{most_retained}"]
     if dense:
         if changes:
             raise ConfigError(
-                "--dense skips nothing; leave out --selector, --strict, --summaries and --pass-through"
+                "--dense skips nothing; leave out --selector, --strict, --summaries, --pass-through and "
+                "--most-retained"
             )
         return SkipVisionConfig.dense()
     if preset is not None:

@@ -12,6 +12,7 @@ from skipvision_export.cli.common import (
     ForceOption,
     JsonOption,
     ModelArgument,
+    MostRetainedOption,
     PassThroughOption,
     PolicyOption,
     PresetOption,
@@ -66,7 +67,8 @@ def inspect(
     dense = result["dense"]
     print(
         f"{result['architecture']}: family {result['family']}, {result['num_layers']} decoder layers, "
-        f"{result['visual_tokens']} visual tokens{' for each crop' if result['cropped'] else ''}, "
+        f"{result['visual_tokens']} visual tokens{' for each crop' if result['cropped'] else ''}"
+        f"{' of a square picture (other pictures have others)' if result['dynamic'] else ''}, "
         f"counted with {text_tokens} text tokens"
         + (f", sequences of up to {result['max_positions']:,}" if result["max_positions"] else "")
     )
@@ -162,6 +164,7 @@ def inspection(
         "num_layers": dims.num_layers,
         "visual_tokens": visual,
         "cropped": family.cropped,
+        "dynamic": family.dynamic,
         "max_positions": family.max_positions(config),
         "text_tokens": text_tokens,
         "images": images,
@@ -183,6 +186,7 @@ def export(
     strict: StrictOption = False,
     summaries: SummariesOption = None,
     pass_through: PassThroughOption = None,
+    most_retained: MostRetainedOption = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     weights: Annotated[
         str | None,
@@ -238,6 +242,7 @@ def export(
         strict=strict,
         summaries=summaries,
         pass_through=pass_through,
+        most_retained=most_retained,
         saved=saved_config(source.folder),
     )
     layout = check_target(source, config, dtype, target, weights, reference_weights)
@@ -255,6 +260,8 @@ def export(
         "weights": weights,
     }
     what = f"{config.name}: {result['retained']} visual tokens retained, {result['skipped']} skipped"
+    if source.family.dynamic:
+        what += f" of a square picture's {source.family.visual_tokens(source.config)}"
     if config.layer_shares is not None:
         shares = ", ".join(f"{share:.0%}" for share in config.layer_shares)
         what = f"{config.name}: by layer, {shares} of the visual tokens skip"

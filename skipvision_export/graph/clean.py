@@ -7,7 +7,7 @@ import re
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from skipvision_export.graph.passes.names import DECODE, EMBED, VISION
+from skipvision_export.graph.passes.names import DECODE, EMBED, GRID, VISION, WINDOWS
 
 _TRACER = re.compile(r"\b[su]\d+\b")
 
@@ -81,6 +81,12 @@ def name_dims(model: ir.Model, graph: str) -> None:
         names = named.get(value.name)
         if value.name == "pixel_values" and len(value.shape) == 5:
             names = ["num_images", "num_crops", None, None, None]
+        if value.name == "pixel_values" and len(value.shape) == 2:
+            names = ["num_patches", None]
+        if value.name == WINDOWS:
+            names = ["num_windows", None]
+        if value.name == "position_ids" and len(value.shape) == 3:
+            names = [None, "batch", "sequence"]
         if names is None and value.name.startswith("past_key_values."):
             names = ["batch", None, "past_sequence", None]
         for axis, name in enumerate(names or []):
@@ -94,7 +100,9 @@ def name_dims(model: ir.Model, graph: str) -> None:
         elif value.name == "logits":
             axis_names = ["batch", None, None]
         elif value.name == "image_features":
-            axis_names = ["num_images", None, None]
+            # Of a picture of any shape: its own number of tokens.
+            patches = any(v.name == GRID for v in model.graph.inputs)
+            axis_names = [None, "visual_tokens", None] if patches else ["num_images", None, None]
         else:
             axis_names = ["batch", "sequence", None]
         for axis, name in enumerate(axis_names):

@@ -18,10 +18,19 @@ from torch import Tensor, nn
 from skipvision_export.graph.clean import clean, name_dims
 from skipvision_export.graph.experts import traced_by_rows
 from skipvision_export.graph.fold import Weights, optimize_without_weights, settle_small
-from skipvision_export.graph.passes.names import DECODE, EMBED, PREFILL, VISION, present_names
+from skipvision_export.graph.passes.names import (
+    DECODE,
+    DEEPSTACK,
+    EMBED,
+    GRID,
+    PREFILL,
+    VISION,
+    WINDOWS,
+    present_names,
+)
 from skipvision_export.graph.prefill import prefill_from_decode
 from skipvision_export.graph.repeat import TRACED, NotRepeatableError, repeat_layers
-from skipvision_export.graph.wrappers import Decoder, EmbedTokens, VisionEncoder
+from skipvision_export.graph.wrappers import Decoder, EmbedTokens, PatchEncoder, VisionEncoder
 from skipvision_export.models import ModelFamily
 from skipvision_export.models.weights import WeightTensor
 
@@ -62,7 +71,11 @@ def trace(
     with _exporting(model):
         progress("vision encoder")
         layers = family.vision_layers(model)
-        graphs[VISION] = _stack(layers, vision.num_layers, by_place, partial(_vision, model, family), VISION)
+        export = partial(_vision, model, family)
+        if family.equal_vision_layers(config):
+            graphs[VISION] = _stack(layers, vision.num_layers, by_place, export, VISION)
+        else:
+            graphs[VISION] = _finished(export(by_place)[1], VISION)
         progress("token embeddings")
         graphs[EMBED] = _finished(_embed(model, family, by_place), EMBED)
         progress("decoder")
@@ -132,6 +145,8 @@ def _ints(*shape: int) -> Tensor:
 
 
 def _vision(model: nn.Module, family: ModelFamily, weights: Weights | None) -> tuple[nn.Module, ir.Model]:
+    if family.dynamic:
+        return _patches(model, family, weights)
     size = family.vision_dims(model.config).image_size
     images, crops = torch.export.Dim("images"), torch.export.Dim("crops")
     module = VisionEncoder(model, family)
@@ -145,16 +160,41 @@ def _vision(model: nn.Module, family: ModelFamily, weights: Weights | None) -> t
     )
 
 
+def _patches(model: nn.Module, family: ModelFamily, weights: Weights | None) -> tuple[nn.Module, ir.Model]:
+    side = family.merge_size(model.config)
+    assert side is not None
+    module = PatchEncoder(model, family)
+    grid = torch.tensor([[1, 2 * side, 3 * side]])
+    args: tuple[Any, ...] = (_floats(model, 6 * side**2, family.patch_width(model.config)), grid)
+    names = ["pixel_values", GRID]
+    # The number of tokens is the one that may have any value.
+    dims: tuple[Any, ...] = ({0: side**2 * torch.export.Dim("tokens")}, {})
+    window = family.window_side(model.config)
+    if window is not None:
+        args, names = (*args, _ints(3, window**2)), [*names, WINDOWS]
+        dims = (*dims, {0: torch.export.Dim("windows")})
+    return module, _export(
+        module,
+        args,
+        dims,
+        names,
+        ["image_features"],
+        weights,
+    )
+
+
 def _embed(model: nn.Module, family: ModelFamily, weights: Weights | None) -> ir.Model:
     config, dim = model.config, torch.export.Dim
-    features = _floats(model, 3, family.visual_tokens(config), family.decoder_dims(config).hidden_size)
+    levels = family.deepstack_layers(config)
+    width = (1 + levels) * family.decoder_dims(config).hidden_size
+    features = _floats(model, 3, family.visual_tokens(config), width)
     return _export(
         EmbedTokens(model, family.image_token_id(config)),
         (_ints(2, 5), features),
         # A layout may have any number of tokens, and comparisons feed those before it.
         ({0: dim("batch"), 1: dim("length")}, {0: dim("images"), 1: dim("tokens")}),
         ["input_ids", "image_features"],
-        ["inputs_embeds"],
+        ["inputs_embeds", *([DEEPSTACK] if levels else [])],
         weights,
     )
 
@@ -165,18 +205,24 @@ def _decode(model: nn.Module, family: ModelFamily, weights: Weights | None) -> t
     # S = 1 cannot be traced (is_causal becomes symbolic), so decode takes any S.
     past = [_floats(model, 2, dims.num_kv_heads, 4, dims.head_dim) for _ in range(2 * layers)]
     module = Decoder(model, family)
+    positions = torch.arange(4, 7).expand(2, 3).clone()
+    axes = {0: batch, 1: length}
+    if family.dynamic:
+        # Of each axis other ones, else the three would be traced as one.
+        positions = torch.stack([positions, positions + 1, positions + 2])
+        axes = {1: batch, 2: length}
     return module, _export(
         module,
         (
             _floats(model, 2, 3, dims.hidden_size),
             _ints(2, 7),
-            torch.arange(4, 7).expand(2, 3).clone(),
+            positions,
             past,
         ),
         (
             {0: batch, 1: length},
             {0: batch, 1: torch.export.Dim.DYNAMIC},
-            {0: batch, 1: length},
+            axes,
             [{0: batch, 2: past_length} for _ in past],
         ),
         ["inputs_embeds", "attention_mask", "position_ids", *present_names("past_key_values", layers)],

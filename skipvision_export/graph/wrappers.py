@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipvision_export.models import ModelFamily
+from skipvision_export.models import ModelFamily, PatchInput
 
 
 class VisionEncoder(nn.Module):
@@ -38,11 +38,36 @@ class VisionEncoder(nn.Module):
         return self.family.image_features(self.config, self.tower, self.projector, pixel_values)
 
 
+class PatchEncoder(nn.Module):
+    """Of a `dynamic` family: pixel_values [P, C], image_grid_thw [1, 3] -> image_features [1, V, W].
+
+    One picture: P patches in the order in which the processor gives them, V tokens in raster order, W as in
+    `ModelFamily.patch_features`; where the family has a window_side, with a third input.
+    """
+
+    def __init__(self, model: nn.Module, family: ModelFamily) -> None:
+        """Keep the parts that the picture goes through."""
+        super().__init__()
+        self.family, self.config = family, model.config
+        self.tower = family.vision_tower(model)
+        self.projector = family.projector(model)
+
+    def forward(
+        self, pixel_values: Tensor, image_grid_thw: Tensor, window_index: Tensor | None = None
+    ) -> Tensor:
+        """As the family encodes a picture."""
+        picture = PatchInput(pixel_values, image_grid_thw, window_index)
+        return self.family.patch_features(self.config, self.tower, self.projector, picture)
+
+
 class EmbedTokens(nn.Module):
     """input_ids [B, S], image_features [N, V, D] -> inputs_embeds [B, S, D].
 
     The i-th placeholder of the batch takes the i-th feature row; one past the last row is a token as any
     other, such as one that was generated. N may be 0, and decode uses the same graph.
+
+    Where the features are wider, [N, V, W], what is behind the first D comes out beside:
+    deepstack_embeds [B, S, W - D], zero at text.
     """
 
     def __init__(self, model: nn.Module, image_token: int) -> None:
@@ -53,7 +78,7 @@ class EmbedTokens(nn.Module):
         # Gemma 3's may lie behind the table; its row is read and not used.
         self.outside = image_token >= self.embed.num_embeddings
 
-    def forward(self, input_ids: Tensor, image_features: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, image_features: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Gather by running count; a row of zeros behind the features makes N = 0 safe."""
         is_image = input_ids == self.image_token
         embeds = self.embed(input_ids.masked_fill(is_image, 0) if self.outside else input_ids)
@@ -64,15 +89,21 @@ class EmbedTokens(nn.Module):
         takes = is_image.flatten() & (index < last)
         features = rows[torch.where(takes, index, last)]
         shape = (input_ids.shape[0], input_ids.shape[1])
-        return torch.where(takes.unflatten(0, shape).unsqueeze(-1), features.unflatten(0, shape), embeds)
+        takes, features = takes.unflatten(0, shape).unsqueeze(-1), features.unflatten(0, shape)
+        width = embeds.shape[-1]
+        if features.shape[-1] == width:
+            return torch.where(takes, features, embeds)
+        # The row of zeros is what text takes.
+        return torch.where(takes, features[..., :width], embeds), features[..., width:]
 
 
 class Decoder(nn.Module):
     """One pass of the text decoder over S new positions with P cached ones.
 
-    inputs_embeds [B, S, D], attention_mask [B, P+S] int64, position_ids [B, S] int64 from 0, then past
-    keys and values [B, H, P, Dh] of each layer in turn (none in prefill) -> logits [B, 1, vocab]
-    of the last position, then keys and values [B, H, P+S, Dh] of each layer in turn.
+    inputs_embeds [B, S, D], attention_mask [B, P+S] int64, position_ids [B, S] int64 from 0 ([3, B, S]
+    where positions have three axes: time, row, column), then past keys and values [B, H, P, Dh] of each
+    layer in turn (none in prefill) -> logits [B, 1, vocab] of the last position, then keys and values
+    [B, H, P+S, Dh] of each layer in turn.
     """
 
     def __init__(self, model: nn.Module, family: ModelFamily) -> None:

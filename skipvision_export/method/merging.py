@@ -31,24 +31,49 @@ def lay_out(
     image.features: [N, V, D] in raster order. Returns [N, layout.total, D], and the patch index of
     each token before merging, [N, V] int64, retained ones first.
     """
-    x = image.features
-    n, v, d = x.shape
+    return lay_out_placed(image, layout, config, summary, image.features)[:2]
+
+
+def lay_out_placed(
+    image: TorchImage,
+    layout: TokenLayout,
+    config: SkipVisionConfig,
+    summary: nn.Module | None,
+    x: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`lay_out` of x [N, V, W], whose first D features are image.features, by which all is chosen.
+
+    Returns a third tensor, the patch index of each token of the layout, [N, layout.total] int64: a merged
+    token's is its destination's, a summary token's -1.
+    """
+    by = image.features
+    n, v = x.shape[:2]
     sizes = layout.selection_sizes()
     if config.order == "raster":
         through = torch.tensor(layout.ffn_mask(min(layout.used_tiers(), default=0)), device=x.device)
-        return x, (~through).to(torch.int8).sort(stable=True).indices.expand(n, v)
+        order = (~through).to(torch.int8).sort(stable=True).indices.expand(n, v)
+        return x, order, torch.arange(v, device=x.device).expand(n, v)
     order = layout_order(selector(config.selector).scores(image), sizes[:-1])
-    x = x.gather(1, order.unsqueeze(-1).expand(-1, -1, d))
+
+    def taken(x: Tensor, index: Tensor) -> Tensor:
+        return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+    x, by = taken(x, order), taken(by, order)
     if layout.tiers:
-        return x, order
-    retained, rest = x[:, : sizes[0]], x[:, sizes[0] :]
+        return x, order, order
+    r = sizes[0]
+    rest, by_rest, places = x[:, r:], by[:, r:], order[:, r:]
     if 0 < sizes[1] < rest.shape[1]:
-        rest = merge(config.merge).merge(rest, sizes[1])
-    blocks = []
-    for block in (retained, rest):
+        how = merge(config.merge)
+        rest, chosen = how.merge(rest, sizes[1], by_rest), how.destinations(by_rest, sizes[1])
+        places = places.gather(1, chosen)
+    blocks, indices = [], []
+    for block, index in ((x[:, :r], order[:, :r]), (rest, places)):
         if block.shape[1]:
             blocks.append(block)
+            indices.append(index)
             if layout.summaries:
                 assert summary is not None
-                blocks.append(summary(block).unsqueeze(1))
-    return torch.cat(blocks, dim=1), order
+                blocks.append(summary(block, block[..., : by.shape[-1]]).unsqueeze(1))
+                indices.append(index.new_full((n, 1), -1))
+    return torch.cat(blocks, dim=1), order, torch.cat(indices, dim=1)

@@ -17,6 +17,7 @@ from skipvision_export.config import SkipVisionConfig
 from skipvision_export.errors import ConfigError
 from skipvision_export.method.state import SkipVisionState
 from skipvision_export.method.summary import SummaryTokens
+from skipvision_export.method.varying import patched
 from skipvision_export.models import ModelFamily, check_parts, family_of
 
 
@@ -126,7 +127,9 @@ def _hook_vision(
             attention.q_proj.register_forward_hook(state.on_query),  # type: ignore[union-attr]
             attention.k_proj.register_forward_hook(state.on_key(attention)),  # type: ignore[union-attr,arg-type]
         ]
-    if family.tiled:
+    if state.varying is not None:
+        patched(state.varying, model, state.image_token, lambda: state.watch, replace)
+    elif family.tiled:
         replace(model.model, "pack_image_features", state.pack_tiles)
     else:
         handles.append(family.projector(model).register_forward_hook(state.on_features))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +18,8 @@ def resize_placeholders(
     others: dict[str, tuple[Tensor, int]],
     *,
     image_token: int,
-    per_image: int | None,
-    total: int,
+    per_image: int | Sequence[int] | None,
+    total: int | Sequence[int],
     pad_token: int,
     images: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -26,17 +27,26 @@ def resize_placeholders(
 
     ids: [B, S]; others: tensors [B, S] that go along ("attention_mask" must be one of them) with the
     value that fills their padding; per_image: placeholders of a picture before, None where each run
-    is one picture's (tiled models, where it varies); images: pictures in the batch.
+    is one picture's (tiled models, where it varies); images: pictures in the batch. Where the model has
+    pictures of any shape, per_image and total are lists, one number for each picture of the batch.
     Where every picture has `total` placeholders already, the tensors come back as they are. Padding
     stays on the side on which it was; with none, it goes to the right. Raises InputError where the
     placeholders do not fit the pictures.
     """
     is_image = ids == image_token
     count = int(is_image.sum())
-    if count == images * total and (per_image is not None or _runs(is_image) == images):
+    if isinstance(total, int):
+        assert per_image is None or isinstance(per_image, int)
+        there = count == images * total and (per_image is not None or _runs(is_image) == images)
+        counted = _equal(per_image, total)
+    else:
+        assert isinstance(per_image, Sequence)
+        there = count == sum(total)
+        counted = _one_by_one(iter(zip(per_image, total, strict=True)))
+    if there:
         return ids, {name: tensor for name, (tensor, _) in others.items()}
     mask = others["attention_mask"][0].bool()
-    rows = [_row(flags, use, per_image, total) for flags, use in zip(is_image, mask, strict=True)]
+    rows = [_row(flags, use, counted) for flags, use in zip(is_image, mask, strict=True)]
     found = sum(pictures for _, pictures in rows)
     if found != images:
         raise InputError(
@@ -62,7 +72,39 @@ def _runs(is_image: Tensor) -> int:
     return int((is_image & ~before).sum())
 
 
-def _row(flags: Tensor, use: Tensor, per_image: int | None, total: int) -> tuple[Tensor, int]:
+# Of a run of placeholders: the pictures that it is of, and the placeholders that they get.
+_Counted = Callable[[int], tuple[int, int]]
+
+
+def _equal(per_image: int | None, total: int) -> _Counted:
+    def counted(run: int) -> tuple[int, int]:
+        pictures, left = (1, 0) if per_image is None else divmod(run, per_image)
+        if left:
+            raise InputError(
+                f"a prompt has {run} placeholders in a row, which is not a multiple of the "
+                f"model's {per_image} tokens for each picture"
+            )
+        return pictures, pictures * total
+
+    return counted
+
+
+def _one_by_one(sizes: Iterator[tuple[int, int]]) -> _Counted:
+    def counted(run: int) -> tuple[int, int]:
+        pictures = before = after = 0
+        while before < run:
+            per_image, total = next(sizes, (0, 0))
+            if not per_image or before + per_image > run:
+                raise InputError(
+                    f"a prompt has {run} placeholders in a row, which are not those of the pictures given"
+                )
+            pictures, before, after = pictures + 1, before + per_image, after + total
+        return pictures, after
+
+    return counted
+
+
+def _row(flags: Tensor, use: Tensor, counted: _Counted) -> tuple[Tensor, int]:
     """Source position of each token of the new row, [L] int64, and its number of pictures."""
     source: list[int] = []
     pictures = 0
@@ -77,14 +119,7 @@ def _row(flags: Tensor, use: Tensor, per_image: int | None, total: int) -> tuple
         start = at
         while at < end and is_image[at]:
             at += 1
-        here = 1
-        if per_image is not None:
-            here, left = divmod(at - start, per_image)
-            if left:
-                raise InputError(
-                    f"a prompt has {at - start} placeholders in a row, which is not a multiple of the "
-                    f"model's {per_image} tokens for each picture"
-                )
+        here, placeholders = counted(at - start)
         pictures += here
-        source += [start] * (here * total)  # every placeholder is the same token
+        source += [start] * placeholders  # every placeholder is the same token
     return torch.tensor(source, dtype=torch.int64, device=flags.device), pictures

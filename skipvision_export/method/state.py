@@ -7,6 +7,7 @@ through the FFN, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from skipvision_export.method.masks import kept_positions, prefill_mask
 from skipvision_export.method.merging import lay_out
 from skipvision_export.method.placeholders import resize_placeholders
 from skipvision_export.method.selection import cls_attention_scores
+from skipvision_export.method.varying import VaryingPictures
 from skipvision_export.models import ModelFamily
 from skipvision_export.tokens import TorchImage
 
@@ -29,7 +31,7 @@ class SkipVisionState:
     """The handle that `apply_skip_vision` yields.
 
     order: [N, V] int64, patch index of each visual token before merging, retained ones first, for
-        the last images.
+        the last images; a list of [V] where V varies.
     skipped: [B, S] bool in prefill, True where K/V will be dropped; None in decode.
     keep_index, keep_mask: [B, K], positions of the whole sequence whose K/V outlived the last prefill, and
         which of them count.
@@ -50,7 +52,10 @@ class SkipVisionState:
         self.config, self.layout, self.summary = config, layout, summary
         self.train_skip_kv = train_skip_kv
         self.image_token = family.image_token_id(hf_config)
-        self.order: Tensor | None = None
+        self.varying: VaryingPictures | None = None
+        if family.dynamic:
+            self.varying = VaryingPictures(family, hf_config, config, summary)
+        self._order: Tensor | None = None
         self.skipped: Tensor | None = None
         self.keep_index: Tensor | None = None
         self.keep_mask: Tensor | None = None
@@ -66,6 +71,11 @@ class SkipVisionState:
         self._scores: Tensor | None = None
         # Sees the features before and after they are laid out and says what the decoder reads.
         self.watch: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    @property
+    def order(self) -> Tensor | list[Tensor] | None:
+        """As above."""
+        return self._order if self.varying is None else self.varying.order
 
     # -- choice of tokens ------------------------------------------------------------------------
 
@@ -114,7 +124,7 @@ class SkipVisionState:
 
     def _lay_out(self, features: Tensor) -> Tensor:
         image = TorchImage(features, self.cls_attention, self.config.seed)
-        laid, self.order = lay_out(image, self.layout, self.config, self.summary)
+        laid, self._order = lay_out(image, self.layout, self.config, self.summary)
         return laid if self.watch is None else self.watch(features, laid)
 
     # -- the prompt ------------------------------------------------------------------------------
@@ -163,18 +173,26 @@ class SkipVisionState:
         others = {"attention_mask": (torch.ones_like(ids) if mask is None else mask, 0)}
         if kwargs.get("labels") is not None:
             others["labels"] = (kwargs["labels"], IGNORED)
-        if kwargs.get("token_type_ids") is not None:
-            others["token_type_ids"] = (kwargs["token_type_ids"], 0)
+        for name in ("token_type_ids", "mm_token_type_ids"):
+            if kwargs.get(name) is not None:
+                others[name] = (kwargs[name], 0)
         text = getattr(self.hf_config, "text_config", self.hf_config)
-        visual = None if self.family.tiled else self.family.visual_tokens(self.hf_config)
+        per_image: Any = None if self.family.tiled else self.family.visual_tokens(self.hf_config)
+        total: Any = self.layout.total
+        if self.varying is not None:
+            self.varying.see(kwargs["image_grid_thw"])
+            per_image, total = self.varying.tokens, self.varying.totals
+            images = len(total)
+        else:
+            images = self.family.images(kwargs["pixel_values"])
         new, changed = resize_placeholders(
             ids,
             others,
             image_token=self.image_token,
-            per_image=visual,
-            total=self.layout.total,
+            per_image=per_image,
+            total=total,
             pad_token=text.pad_token_id or 0,
-            images=self.family.images(kwargs["pixel_values"]),
+            images=images,
         )
         if new is ids:
             return {"input_ids": ids}
@@ -198,21 +216,26 @@ class SkipVisionState:
         if ids is None:
             raise InputError("apply_skip_vision needs input_ids to find the visual tokens")
         is_image = ids == self.image_token
-        # The i-th placeholder of a row is token i mod total of an image.
-        place = (is_image.cumsum(1) - 1).clamp(min=0)
-        rank = place % self.layout.total
-        self._image = is_image * (place // self.layout.total + 1)
         self._shape = ids.shape
         self._remember(past)
         self.prompt_length += ids.shape[1]
+        # The i-th placeholder of a row is token i mod total of an image.
+        place = (is_image.cumsum(1) - 1).clamp(min=0)
+        rank = place % self.layout.total
+        varying = self.varying
+        self._image = is_image * (place // self.layout.total + 1)
+        if varying is not None:
+            self._image = varying.numbers(is_image)
 
-        def spread(flags: list[bool]) -> Tensor:
-            """One flag for each token of the layout -> [B, S] bool; text is True."""
-            return ~is_image | torch.tensor(flags, device=ids.device)[rank]
+        def spread(of: Callable[[TokenLayout], list[bool]]) -> Tensor:
+            """One flag for each token of a layout -> [B, S] bool; text is True."""
+            if varying is not None:
+                return varying.flags(is_image, of)
+            return ~is_image | torch.tensor(of(self.layout), device=ids.device)[rank]
 
-        self.skipped = ~spread(self.layout.kv_mask())
+        self.skipped = ~spread(TokenLayout.kv_mask)
         for tier in self.layout.used_tiers():
-            rows = spread(self.layout.ffn_mask(tier)).flatten().nonzero().squeeze(1)
+            rows = spread(partial(TokenLayout.ffn_mask, tier=tier)).flatten().nonzero().squeeze(1)
             if rows.numel() < ids.numel():
                 self._rows[tier] = rows
         return self._go_on(args, kwargs)
@@ -299,6 +322,9 @@ class SkipVisionState:
         Only where that is asked for.
         """
         answers = self._answers if self.train_skip_kv else None
+        if self.varying is not None and self.skipped is not None:
+            assert self._image is not None
+            kwargs["position_ids"] = self.varying.place(kwargs.get("position_ids"), self._image > 0)
         if self.skipped is None or not self.skipped.any() or (not self.config.strict and answers is None):
             return None
         assert self._image is not None
@@ -323,6 +349,8 @@ class SkipVisionState:
         if positions is None:
             start = before.shape[1]
             positions = torch.arange(start, start + new, device=self.skipped.device)[None]
+        if positions.dim() == 3:  # of the axes any one: a prompt ends in text, where all are equal
+            positions = positions[-1]
         self.next_position = positions[:, -1].expand(self.skipped.shape[0]) + 1
         kept, mask = kept_positions(self.skipped)
         self.keep_index = torch.cat([before.to(kept), self.prompt_length - new + kept], 1)

@@ -26,6 +26,6 @@ class SummaryTokens(nn.Module):
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, D] -> [B, D]: sum over i of softmax_i(ada(x_i)) x_i."""
-        return (self.ada(x).softmax(dim=1) * x).sum(dim=1)
+    def forward(self, x: Tensor, by: Tensor | None = None) -> Tensor:
+        """[B, N, D] -> [B, D]: sum over i of softmax_i(ada(x_i)) x_i; by: what is weighed in place of x."""
+        return (self.ada(x if by is None else by).softmax(dim=1) * x).sum(dim=1)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Sees = Literal["before", "image", "prompt"]
 
+# Visual tokens a side of the picture that families with pictures of any shape are counted by.
+SIDE = 16
 # The paper's selector, and what stands in for it where a vision tower has no CLS row (SigLIP).
 CLS_SELECTOR, SELECTOR_WITHOUT_CLS = "cls_attention", "dart"
 THUMBNAIL_SELECTOR = "thumbnail"
@@ -95,6 +97,19 @@ class VisionDims:
         return self.has_cls and self.token_patches == 1
 
 
+@dataclass(frozen=True)
+class PatchInput:
+    """A picture of any shape: patches [P, C] in squares of `merge_size` a side, and its grid [1, 3].
+
+    windows: where the family has a window_side, [N, window_side**2] int64, the patches of each window, P
+    where it has less.
+    """
+
+    patches: Tensor
+    grid: Tensor
+    windows: Tensor | None = None
+
+
 class ModelFamily:
     """What the exporter and the reference have to know about one architecture."""
 
@@ -108,11 +123,14 @@ class ModelFamily:
     sees: ClassVar[Sees] = "before"
     # The position of a sequence's first token; the graphs add it to positions from 0 on.
     first_position: ClassVar[int] = 0
+    # A picture keeps its shape: its tokens, a grid of any height and width, vary in number, and positions
+    # have three axes (time, row, column).
+    dynamic: ClassVar[bool] = False
 
     @property
     def plain(self) -> bool:
         """One crop for each image, and tokens that see those before them: for training and calibration."""
-        return not self.tiled and not self.cropped and self.sees == "before"
+        return not self.tiled and not self.cropped and not self.dynamic and self.sees == "before"
 
     def check(self, config: Any) -> None:
         """Raise ModelError where a configuration of this family is not supported, with why."""
@@ -122,7 +140,10 @@ class ModelFamily:
         return int(config.image_token_id)
 
     def visual_tokens(self, config: Any) -> int:
-        """Visual tokens for each image (each crop, where there are several), before any is merged."""
+        """Visual tokens for each image (each crop, where there are several), before any is merged.
+
+        Of a `dynamic` family, those of a square picture of SIDE tokens a side, by which it is counted.
+        """
         return self.vision_dims(config).visual_tokens
 
     def most_visual_tokens(self, config: Any) -> int:
@@ -136,6 +157,18 @@ class ModelFamily:
     def images(self, pixel_values: Tensor) -> int:
         """Images (crops, where each is one to the decoder) in what `inputs` makes of pixel_values."""
         return int(pixel_values.shape[0])
+
+    def merge_size(self, config: Any) -> int | None:
+        """Of a `dynamic` family: patches along each side of a visual token."""
+        return None
+
+    def patch_width(self, config: Any) -> int:
+        """Of a `dynamic` family: numbers of a patch."""
+        raise NotImplementedError
+
+    def deepstack_layers(self, config: Any) -> int:
+        """Decoder layers, the first ones, behind which further features of the visual tokens are added."""
+        return 0
 
     def pack(self, model: Any, crops: Tensor, image_sizes: Tensor) -> Tensor:
         """Of a `tiled` image's crops [T, V, D]: what the decoder reads where nothing is skipped, [n, D]."""
@@ -163,6 +196,7 @@ class ModelFamily:
             )
         return self.fitted(hf_config, config).layout(
             self.visual_tokens(hf_config),
+            varies=self.dynamic,
             num_layers=self.decoder_dims(hf_config).num_layers,
             tiled=self.tiled,
         )
@@ -191,11 +225,26 @@ class ModelFamily:
         """pixel_values [N, 3, h, w] -> [N, V, D]: what the model's code does, on the two modules alone."""
         return projector(tower(pixel_values, return_dict=True).last_hidden_state)  # type: ignore[no-any-return]
 
+    def window_side(self, config: Any) -> int | None:
+        """Of a `dynamic` family: patches along each side of the windows that its tower has, if it has any."""
+        return None
+
+    def patch_features(self, config: Any, tower: Any, projector: Any, picture: PatchInput) -> Tensor:
+        """Of a `dynamic` family, one picture -> [1, V, W].
+
+        W is D, or (1 + deepstack_layers) D where there are further features, which come behind.
+        """
+        raise NotImplementedError
+
     def vision_layers(self, model: nn.Module) -> nn.ModuleList:
         """The vision tower's layers, each with `self_attn.{q_proj,k_proj}` where the CLS row may choose."""
         # transformers 4 and 5 differ in the nesting.
         tower: Any = self.vision_tower(model)
         return getattr(tower, "vision_model", tower).encoder.layers  # type: ignore[no-any-return]
+
+    def equal_vision_layers(self, config: Any) -> bool:
+        """Does every layer of the tower do the same, so that a trace of some stands for all?"""
+        return True
 
     def language_model(self, model: nn.Module) -> nn.Module:
         """The decoder without its head, called with inputs_embeds."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -64,35 +65,55 @@ class PrefillIndices:
     kv_mask: Flags
 
 
-def prefill_indices(batch: PromptBatch, image_token: int, layout: TokenLayout) -> PrefillIndices:
-    """What prefill is told of prompts that have `layout.total` placeholders for each image."""
+# One layout for every picture, or those of each row's pictures.
+Layouts = TokenLayout | Sequence[Sequence[TokenLayout]]
+
+
+def prefill_indices(
+    batch: PromptBatch, image_token: int, layout: Layouts, tiers: Sequence[int] | None = None
+) -> PrefillIndices:
+    """What prefill is told of prompts that have a layout's `total` placeholders for each image.
+
+    tiers: those that it has an index for, by default the layout's.
+    """
     is_image = batch.input_ids == image_token
+    layouts = _by_row(layout, is_image)
     real = batch.mask
 
-    def kept(flags: list[bool]) -> Flags:
+    def kept(flags: Callable[[TokenLayout], list[bool]]) -> Flags:
         keep = real.copy()
-        for row, places in zip(keep, is_image, strict=True):
-            if places.any():
-                row[places] = np.resize(flags, int(places.sum()))
+        for row, places, own in zip(keep, is_image, layouts, strict=True):
+            row[places] = np.array([f for one in own for f in flags(one)], np.bool_)[: places.sum()]
         return keep
 
+    if tiers is None:
+        assert isinstance(layout, TokenLayout)
+        tiers = layout.used_tiers()
     rows = {
-        tier: np.flatnonzero(kept(layout.ffn_mask(tier))).astype(np.int64) for tier in layout.used_tiers()
+        tier: np.flatnonzero(kept(partial(TokenLayout.ffn_mask, tier=tier))).astype(np.int64)
+        for tier in tiers
     }
-    keep = kept(layout.kv_mask())
+    keep = kept(TokenLayout.kv_mask)
     # Stable: what a row keeps comes first, then the first of the rest.
     order = np.argsort(~keep, axis=1, kind="stable")[:, : keep.sum(1).max()]
     index = np.sort(order, axis=1).astype(np.int64)
     return PrefillIndices(rows, index, np.take_along_axis(keep, index, 1))
 
 
-def image_index(batch: PromptBatch, image_token: int, layout: TokenLayout) -> Ints:
+def image_index(batch: PromptBatch, image_token: int, layout: Layouts) -> Ints:
     """The input of strict masking, [B, S]: 0 for text, i or -i for the tokens of a row's i-th picture.
 
     Negative where K and V are dropped; see StrictMaskPass.
     """
+    is_image = batch.input_ids == image_token
     index = np.zeros(batch.input_ids.shape, np.int64)
-    for row, places in zip(index, batch.input_ids == image_token, strict=True):
-        picture = 1 + np.arange(places.sum()) // layout.total
-        row[places] = np.where(np.resize(layout.kv_mask(), picture.size), picture, -picture)
+    for row, places, own in zip(index, is_image, _by_row(layout, is_image), strict=True):
+        signs = [i if kept else -i for i, one in enumerate(own, 1) for kept in one.kv_mask()]
+        row[places] = np.array(signs, np.int64)[: places.sum()]
     return index
+
+
+def _by_row(layout: Layouts, is_image: Flags) -> Sequence[Sequence[TokenLayout]]:
+    if isinstance(layout, TokenLayout):
+        return [[layout] * -(-int(places.sum()) // layout.total) for places in is_image]
+    return layout

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skipvision_export.bundle import Manifest
+from skipvision_export.config import SkipVisionConfig
 from skipvision_export.errors import InputError
 from skipvision_export.graph.passes.names import (
     APPEND,
@@ -23,9 +24,19 @@ from skipvision_export.graph.passes.names import (
     present_names,
 )
 from skipvision_export.layout import TokenLayout
-from skipvision_export.runtime.batch import Flags, Ints, PromptBatch, image_index, prefill_indices
+from skipvision_export.runtime.batch import (
+    Flags,
+    Ints,
+    Layouts,
+    PromptBatch,
+    image_index,
+    prefill_indices,
+)
 from skipvision_export.runtime.kv_cache import KVCache
+from skipvision_export.runtime.varying import LaidPictures, Patches, VaryingPictures, positions_of
 
+# Of a prompt's pictures: pixel_values [N, 3, h, w], or, where they have any shape, patches.
+Pixels = npt.NDArray[np.float32] | Patches
 Choose = Callable[[npt.NDArray[np.float32]], int]
 
 
@@ -59,9 +70,9 @@ class Transcript:
 
     token_ids: generated ids, the end token included; logits: one [vocab] float32 row for each of
     them, where asked for; kv: [K or V of each layer in turn], [H, K, Dh] right after prefill, where
-    asked for; raster, laid: the images' features [N*V, D] and [N*layout.total, D], before and after they
-    are laid out, and order: the tokens of each as they were chosen, [N, V], empty where nothing had to be
-    chosen; all three only where asked for.
+    asked for; retained_tokens, skipped_tokens: of all pictures; raster, laid: the images' features
+    [N*V, D] and [N*layout.total, D], before and after they are laid out, and order: the tokens of each as
+    they were chosen, [N, V], empty where nothing had to be chosen; all three only where asked for.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -71,6 +82,8 @@ class Transcript:
     laid: npt.NDArray[np.float32] | None = None
     order: list[list[int]] = field(default_factory=list)
     pictures: int = 0
+    retained_tokens: int = 0
+    skipped_tokens: int = 0
     prompt_tokens: int = 0
     kv_tokens_after_prefill: int = 0
     vision_ms: float = 0.0
@@ -116,27 +129,54 @@ class Before:
 class Generator:
     """Runs prompts through a backend, one or a batch of them."""
 
-    def __init__(self, backend: Backend, manifest: Manifest, layout: TokenLayout | None = None):
-        """layout: another one than the bundle's, such as all rows kept, for comparisons."""
+    def __init__(
+        self,
+        backend: Backend,
+        manifest: Manifest,
+        layout: TokenLayout | None = None,
+        config: SkipVisionConfig | None = None,
+    ) -> None:
+        """layout: another one than the bundle's, such as all rows kept, for comparisons.
+
+        config: the same where pictures have any shape, and with it each a layout of its own.
+        """
         self.backend = backend
         self.manifest = manifest
         self.layout = layout or manifest.layout
+        self.varying = VaryingPictures(manifest, config) if manifest.model.merge_size else None
         self.image_token = manifest.model.image_token_id
         self._inputs = {tensor.name for tensor in manifest.graphs[PREFILL].inputs}
         self._present = present_names("present", manifest.model.num_layers)
 
-    def encode(self, pixel_values: npt.NDArray[np.float32]) -> Any:
-        """pixel_values [N, 3, h, w] -> image_features [N, layout.total, D] in layout order."""
+    def encode(self, pixel_values: Pixels) -> Any:
+        """pixel_values [N, 3, h, w] -> image_features [N, layout.total, D] in layout order.
+
+        Patches of pictures of any shape -> LaidPictures, on the host.
+        """
+        if self.varying is not None:
+            assert isinstance(pixel_values, Patches)
+            return self.varying.encode(self._run_vision, pixel_values)
         return self.backend.run(VISION, {"pixel_values": pixel_values})["image_features"]
+
+    def _run_vision(self, feeds: dict[str, Any]) -> dict[str, Any]:
+        out = self.backend.run(VISION, feeds)
+        # A copy: the backend's memory may be gone with its tensor.
+        return {name: np.array(self.backend.numpy(value)) for name, value in out.items()}
 
     def embed(self, input_ids: Ints, features: Any = None) -> Any:
         """input_ids [B, S] -> inputs_embeds [B, S, D]; features only where the ids hold an image."""
+        return self._embedded(input_ids, features)["inputs_embeds"]
+
+    def _embedded(self, input_ids: Ints, features: Any) -> dict[str, Any]:
+        """The same, and what goes to the decoder's first layers beside, where the model has that."""
         if features is None:
             model = self.manifest.model
+            width = model.hidden_size * (1 + model.deepstack)
             # No picture, but of the size that an engine's profile has.
-            features = np.zeros((0, self.manifest.layout.total, model.hidden_size), np.float32)
-        feeds = {"input_ids": input_ids, "image_features": features}
-        return self.backend.run(EMBED, feeds)["inputs_embeds"]
+            features = np.zeros((0, self.manifest.layout.total, width), np.float32)
+        if isinstance(features, LaidPictures):
+            features = features.features
+        return self.backend.run(EMBED, {"input_ids": input_ids, "image_features": features})
 
     def prefill(self, prompts: Ints | PromptBatch, features: Any) -> dict[str, Any]:
         """The outputs of decoder_prefill for prompts [B, S] without padding, or a batch."""
@@ -151,16 +191,23 @@ class Generator:
 
     def prefill_feeds(self, prompts: PromptBatch, features: Any) -> tuple[dict[str, Any], Flags]:
         """Inputs of a prefill without a cache before it, and [B, K], which of the kept positions count."""
-        indices = prefill_indices(prompts, self.image_token, self.layout)
+        layouts: Layouts = self.layout
+        positions = prompts.positions
+        if self.varying is not None:
+            rows = self.varying.by_row(prompts, self.image_token, features)
+            layouts = [[picture.layout for picture in row] for row in rows]
+            positions, _ = positions_of(prompts, self.image_token, rows)
+        indices = prefill_indices(prompts, self.image_token, layouts, self.layout.used_tiers())
+        embedded = self._embedded(prompts.input_ids, features)
         feeds = {
-            "inputs_embeds": self.embed(prompts.input_ids, features),
+            **{name: value for name, value in embedded.items() if name in self._inputs},
             "attention_mask": prompts.mask.astype(np.int64),
-            "position_ids": prompts.positions,
+            "position_ids": positions,
             **{ffn_index_name(tier): index for tier, index in indices.ffn_rows.items()},
             KV_KEEP_INDEX: indices.kv_keep,
         }
         if IMAGE_INDEX in self._inputs:
-            feeds[IMAGE_INDEX] = image_index(prompts, self.image_token, self.layout)
+            feeds[IMAGE_INDEX] = image_index(prompts, self.image_token, layouts)
         return feeds, indices.kv_mask
 
     def decode(self, token: int | Ints, position: int | Ints, cache: KVCache) -> Any:
@@ -169,6 +216,8 @@ class Generator:
         token, position: [B], or of a single row; positions count each row's whole original sequence.
         """
         tokens, positions = (np.reshape(np.asarray(x, np.int64), (-1, 1)) for x in (token, position))
+        if self.varying is not None:
+            positions = np.stack([positions] * 3)  # text has the same on all axes
         return cache.step(
             {
                 "inputs_embeds": self.embed(tokens),
@@ -180,7 +229,7 @@ class Generator:
     def generate(
         self,
         input_ids: Ints,
-        pixel_values: npt.NDArray[np.float32] | None,
+        pixel_values: Pixels | None,
         *,
         features: Any = None,
         **options: Any,
@@ -192,7 +241,7 @@ class Generator:
     def generate_batch(
         self,
         prompts: Sequence[Ints],
-        pixel_values: Sequence[npt.NDArray[np.float32]],
+        pixel_values: Sequence[Pixels],
         *,
         features: Any = None,
         **options: Any,
@@ -208,7 +257,7 @@ class Generator:
     def turn(
         self,
         input_ids: Ints,
-        pixel_values: npt.NDArray[np.float32],
+        pixel_values: Pixels,
         before: Before | None = None,
         **options: Any,
     ) -> tuple[Transcript, KVCache]:
@@ -223,7 +272,7 @@ class Generator:
     def _run(
         self,
         prompts: Sequence[Ints],
-        pixel_values: Sequence[npt.NDArray[np.float32]],
+        pixel_values: Sequence[Pixels],
         features: Any,
         before: Before | None,
         limits: Limits,
@@ -237,6 +286,9 @@ class Generator:
         if features is None:
             features = self._encode_all(pixel_values)
         encoded = time.perf_counter()
+        if self.varying is not None:
+            positions = self._count(done, batch, features)
+            self._check_room(int(positions.max()), limits.max_new_tokens)
         out, kept = self.append(batch, features, before) if before else self.prefill_cache(batch, features)
         cache = self._go_on(done, out, kept, positions, limits, start, encoded)
         return done, lambda: cache or self.backend.cache(out, kept)
@@ -254,7 +306,21 @@ class Generator:
 
     def _begun(self, input_ids: Ints) -> Transcript:
         pictures = int((input_ids == self.image_token).sum()) // self.layout.total
-        return Transcript(prompt_tokens=input_ids.shape[1], pictures=pictures)
+        done = Transcript(prompt_tokens=input_ids.shape[1], pictures=pictures)
+        done.retained_tokens, done.skipped_tokens = (
+            pictures * n for n in (self.layout.retained, self.layout.skipped)
+        )
+        return done
+
+    def _count(self, done: list[Transcript], batch: PromptBatch, features: LaidPictures | None) -> Ints:
+        """Fill in what is told of pictures of any shape; returns the next position of each prompt [B]."""
+        assert self.varying is not None
+        rows = self.varying.by_row(batch, self.image_token, features)
+        for own, row in zip(done, rows, strict=True):
+            own.pictures = len(row)
+            own.retained_tokens = sum(picture.layout.retained for picture in row)
+            own.skipped_tokens = sum(picture.layout.skipped for picture in row)
+        return positions_of(batch, self.image_token, rows)[1]
 
     def _go_on(
         self,
@@ -314,11 +380,14 @@ class Generator:
                 + "shorten the prompt"
             )
 
-    def _encode_all(self, pixel_values: Sequence[npt.NDArray[np.float32]]) -> Any:
+    def _encode_all(self, pictures: Sequence[Pixels]) -> Any:
         """Features of all prompts' pictures in their order, in one run where they have one size."""
-        pixel_values = [pixels for pixels in pixel_values if len(pixels)]
-        if not pixel_values:
+        pictures = [pixels for pixels in pictures if len(pixels)]
+        if not pictures:
             return None
+        if self.varying is not None:
+            return LaidPictures.join([self.encode(pixels) for pixels in pictures])
+        pixel_values = [pixels for pixels in pictures if isinstance(pixels, np.ndarray)]
         if len({pixels.shape[1:] for pixels in pixel_values}) == 1:
             return self.encode(np.concatenate(pixel_values))
         return np.concatenate([self.backend.numpy(self.encode(pixels)) for pixels in pixel_values])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from skipvision_export.runtime.prompt import (
     resize_placeholders,
     turns_text,
 )
+from skipvision_export.runtime.varying import Patches, VaryingPictures, resize
 
 
 @dataclass(frozen=True)
@@ -119,11 +120,14 @@ class Bundle:
     def visual_tokens(self) -> int | None:
         """Of a picture; None where it varies."""
         model = self.manifest.model
-        return None if model.tiled else model.visual_tokens
+        return None if model.tiled or model.merge_size else model.visual_tokens
 
     def resized(self, inputs: PromptInputs) -> PromptInputs:
         """The same with the layout's placeholders; raises InputError."""
         total, token = self.manifest.layout.total, self.manifest.model.image_token_id
+        if isinstance(inputs.pixel_values, Patches):
+            sizes = VaryingPictures(self.manifest).sizes(inputs.pixel_values)
+            return replace(inputs, input_ids=resize(inputs.input_ids, token, sizes))
         return resize_placeholders(inputs, token, self.visual_tokens, total)
 
     def run(self, inputs: PromptInputs, max_new_tokens: int = 64, **options: Any) -> Transcript:
@@ -186,13 +190,12 @@ class Bundle:
 
     def answer(self, done: Transcript) -> Answer:
         """A transcript in the user's terms."""
-        roles = self.manifest.roles
         return Answer(
             text=self.decode_text(done.token_ids),
             token_ids=done.token_ids,
             prompt_tokens=done.prompt_tokens,
-            retained_tokens=done.pictures * roles.retained,
-            skipped_tokens=done.pictures * roles.skipped,
+            retained_tokens=done.retained_tokens,
+            skipped_tokens=done.skipped_tokens,
             kv_tokens_after_prefill=done.kv_tokens_after_prefill,
             ttft_ms=done.ttft_ms,
             decode_ms_per_token=done.decode_ms_per_token,

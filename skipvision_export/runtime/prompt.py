@@ -13,6 +13,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from skipvision_export.errors import InputError
+from skipvision_export.graph.passes.names import GRID
+from skipvision_export.runtime.varying import Patches
 
 Picture = str | Path | Image.Image
 Pictures = Picture | Sequence[Picture] | None
@@ -24,11 +26,12 @@ class PromptInputs:
 
     N pictures (crops, where each is an image of its own to the decoder) in the order of their placeholders;
     it may be 0. The number of placeholders is the model's own, or, after `resize_placeholders`, the layout's.
-    Of a tiled image, pixel_values are [1, T, 3, h, w] and image_sizes [1, 2] its height and width.
+    Of a tiled image, pixel_values are [1, T, 3, h, w] and image_sizes [1, 2] its height and width; of
+    pictures of any shape they are patches.
     """
 
     input_ids: npt.NDArray[np.int64]
-    pixel_values: npt.NDArray[np.float32]
+    pixel_values: npt.NDArray[np.float32] | Patches
     image_sizes: npt.NDArray[np.int64] | None = None
 
 
@@ -130,7 +133,7 @@ def prepare(processor: Any, images: Pictures, prompt: str, visual_tokens: int | 
     """Arrays of pictures and a question, or of a whole prompt that holds their placeholders.
 
     visual_tokens: of a picture, or of each of its crops; None where it varies with the picture's size (tiled
-    models).
+    models, and pictures of any shape).
 
     Raises InputError for a picture or a prompt that cannot be used.
     """
@@ -142,20 +145,23 @@ def encode_prompt(
     processor: Any, pictures: Sequence[Picture], text: str, visual_tokens: int | None
 ) -> PromptInputs:
     """Arrays of pictures and a text that holds a placeholder for each of them; raises as `prepare`."""
-    if visual_tokens is None and len(pictures) > 1:
+    several_tiled = visual_tokens is None and not hasattr(processor.image_processor, "merge_size")
+    if several_tiled and len(pictures) > 1:
         raise InputError(
             f"got {len(pictures)} pictures; of a model that cuts its picture into tiles a prompt has one"
         )
     loaded = [load_image(picture) for picture in pictures]
     try:
         batch = processor(**({"images": loaded} if loaded else {}), text=text, return_tensors="np")
-    except ValueError as error:  # PaliGemma's wants a picture
+    except ValueError as error:  # PaliGemma's wants a picture, Qwen's none that is 200 times as long as wide
         why = str(error).splitlines()[0]
         raise InputError(f"the model's processor does not take the prompt: {why}") from None
     ids = np.asarray(batch["input_ids"], np.int64)
     if not pictures:
         return PromptInputs(ids, np.zeros((0, 3, 0, 0), np.float32))
     pixels = np.asarray(batch["pixel_values"], np.float32)
+    if GRID in batch:
+        return PromptInputs(ids, Patches(pixels, np.asarray(batch[GRID], np.int64)))
     if visual_tokens is not None:
         # Idefics3's processor puts a prompt's crops behind an axis of prompts.
         pixels = pixels.reshape(-1, *pixels.shape[-3:])

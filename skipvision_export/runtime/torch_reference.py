@@ -9,12 +9,14 @@ import numpy as np
 import torch
 
 from skipvision_export.config import SkipVisionConfig
+from skipvision_export.graph.passes.names import GRID
 from skipvision_export.method import SkipVisionState, apply_skip_vision, saved_summary
 from skipvision_export.models.loading import ModelSource, load_model, load_processor
 from skipvision_export.runtime.generation import Transcript
 from skipvision_export.runtime.pipeline import eos_tokens
 from skipvision_export.runtime.prompt import Pictures, PromptInputs, prepare
 from skipvision_export.runtime.rounded import load_in_int4, load_rounded
+from skipvision_export.runtime.varying import Patches
 
 
 class TorchReference:
@@ -52,7 +54,8 @@ class TorchReference:
 
     def prepare(self, images: Pictures, prompt: str) -> PromptInputs:
         """Arrays of pictures and a prompt, with the model's own placeholders; raises InputError."""
-        visual = None if self.source.family.tiled else self.visual_tokens
+        family = self.source.family
+        visual = None if family.tiled or family.dynamic else self.visual_tokens
         return prepare(self.processor, images, prompt, visual)
 
     def decode_text(self, token_ids: list[int]) -> str:
@@ -90,10 +93,15 @@ class TorchReference:
         [N*layout.total, D] that the decoder reads instead of its images' own. Both only where patched.
         """
         ids = torch.from_numpy(inputs.input_ids)
-        pixels = torch.from_numpy(inputs.pixel_values).to(self.model.dtype)
-        given = self.source.family.inputs(self.source.config, ids, pixels)
-        if not len(pixels):
+        found = inputs.pixel_values
+        arrays = found.pixel_values if isinstance(found, Patches) else found
+        given = self.source.family.inputs(
+            self.source.config, ids, torch.from_numpy(arrays).to(self.model.dtype)
+        )
+        if not len(arrays):
             del given["pixel_values"]
+        if isinstance(found, Patches):
+            given[GRID] = torch.from_numpy(found.grids)
         if inputs.image_sizes is not None:
             given["image_sizes"] = torch.from_numpy(inputs.image_sizes)
         patch = None if config is None else apply_skip_vision(self.model, config, summary=self.summary)
@@ -126,7 +134,7 @@ class TorchReference:
         done.pictures = len(inputs.pixel_values)
         if state is not None and keep_features:
             assert state.order is not None
-            done.order = state.order.tolist()
+            done.order = [one.tolist() for one in state.order]
         layers = out.past_key_values.layers
         # The last token is chosen but never fed, so decode appended one fewer than was generated.
         kept = layers[0].keys.shape[2] - (len(tokens) - 1)

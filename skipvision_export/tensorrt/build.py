@@ -71,6 +71,11 @@ def plan(bundle: Path, recipe: Recipe, library: Path | None = None, elsewhere: b
             f"{bundle} has {manifest.weights} weights as ONNX Runtime's MatMulNBits, which TensorRT does not "
             "know; export again without --weights"
         )
+    if manifest.model.merge_size is not None:
+        raise ConfigError(
+            f"{bundle} takes pictures of any shape and positions of three axes ({manifest.source.family}), "
+            "which engines and their runtimes do not know; run it with ONNX Runtime"
+        )
     source = resolve_model(bundle)
     family, positions = source.family, manifest.model.max_positions
     crops = family.most_visual_tokens(source.config) // family.visual_tokens(source.config)

@@ -29,28 +29,18 @@ class Bipartite(Merge):
 
     name = "bipartite"
 
-    def merge(self, x: Tensor, keep: int) -> Tensor:
+    def merge(self, x: Tensor, keep: int, by: Tensor | None = None) -> Tensor:
         """[B, N, D] -> [B, keep, D]; raises ConfigError unless 0 < keep <= N."""
         import torch
-        import torch.nn.functional as F
 
         n = x.shape[1]
         if not 0 < keep <= n:
             raise ConfigError(f"cannot merge {n} tokens to {keep}; expected 1 to {n}")
         if keep == n:
             return x
-        with torch.no_grad():
-            unit = F.normalize(x.float(), dim=-1, eps=EPS)
-            similarity = unit @ unit.transpose(1, 2)
-            # Left out before the sum: subtracting it after would round equal redundancies apart.
-            redundancy = similarity.masked_fill(torch.eye(n, dtype=torch.bool, device=x.device), 0).sum(-1)
-            order = redundancy.sort(dim=1, descending=True, stable=True).indices
-            sources, targets = order[:, : n - keep], order[:, n - keep :]
-            rows = similarity.gather(1, sources.unsqueeze(-1).expand(-1, -1, n))
-            between = rows.gather(2, targets.unsqueeze(1).expand(-1, n - keep, -1))
-            nearest = between.argmax(-1)  # [B, N-K], a place in `targets`
-            count = torch.ones(x.shape[0], keep, device=x.device)
-            count.scatter_add_(1, nearest, torch.ones_like(nearest, dtype=count.dtype))
+        sources, targets, nearest = self._pairs(x if by is None else by, keep)
+        count = torch.ones(x.shape[0], keep, device=x.device)
+        count.scatter_add_(1, nearest, torch.ones_like(nearest, dtype=count.dtype))
         # Sums in float32 at least, so that a mean of many bfloat16 rows keeps its digits.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -61,17 +51,45 @@ class Bipartite(Merge):
         total = take(targets).scatter_add(1, where, take(sources))
         return (total / count.unsqueeze(-1)).to(x.dtype)
 
-    def graph_merge(self, t: tape.Tape, x: ir.Value, keep: int) -> ir.Value:
+    def destinations(self, x: Tensor, keep: int) -> Tensor:
+        """[B, N, D] -> [B, keep] int64, in the order in which they come out."""
+        import torch
+
+        if keep == x.shape[1]:
+            return torch.arange(keep, device=x.device).expand(x.shape[0], -1)
+        return self._pairs(x, keep)[1]
+
+    def _pairs(self, x: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Indices of the sources [B, N-K], of the destinations [B, K], and of each source's among these."""
+        import torch
+        import torch.nn.functional as F
+
+        n = x.shape[1]
+        with torch.no_grad():
+            unit = F.normalize(x.float(), dim=-1, eps=EPS)
+            similarity = unit @ unit.transpose(1, 2)
+            # Left out before the sum: subtracting it after would round equal redundancies apart.
+            redundancy = similarity.masked_fill(torch.eye(n, dtype=torch.bool, device=x.device), 0).sum(-1)
+            order = redundancy.sort(dim=1, descending=True, stable=True).indices
+            sources, targets = order[:, : n - keep], order[:, n - keep :]
+            rows = similarity.gather(1, sources.unsqueeze(-1).expand(-1, -1, n))
+            between = rows.gather(2, targets.unsqueeze(1).expand(-1, n - keep, -1))
+            return sources, targets, between.argmax(-1)
+
+    def graph_merge(
+        self, t: tape.Tape, x: ir.Value, keep: int | ir.Value, by: ir.Value | None = None
+    ) -> tuple[ir.Value, ir.Value]:
         """The same in ONNX: the assignment is a one-hot matrix, the sums are a product with it.
 
         The number of tokens may be dynamic but must be at least `keep`.
         """
         import onnx_ir as ir
 
-        unit = unit_rows(t, x)
+        unit = unit_rows(t, x if by is None else by)
         similarity = t.op("MatMul", [unit, transposed(t, unit)])
         n = t.op("Shape", [x], {"start": 1, "end": 2})
-        k, zero, axis = constant(t, keep), constant(t, 0), constant(t, 1)
+        k = constant(t, keep) if isinstance(keep, int) else keep
+        zero, axis = constant(t, 0), constant(t, 1)
         # A Range with itself, not EyeLike: TensorRT's wants a static shape.
         start, step = (t.op("Constant", [], {"value_int": i}) for i in (0, 1))
         place = t.op("Range", [start, t.op("Squeeze", [n]), step])
@@ -94,4 +112,4 @@ class Bipartite(Merge):
         count = t.op("ReduceSum", [assigned, axis], {"keepdims": 0})
         count = t.op("Add", [count, constant(t, 1, dtype=np.float32)])
         mean = t.op("Div", [total, t.op("Unsqueeze", [count, constant(t, -1)])])
-        return t.op("CastLike", [mean, x])
+        return t.op("CastLike", [mean, x]), targets

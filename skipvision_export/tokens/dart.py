@@ -47,7 +47,12 @@ class Dart(Selector):
 
         x = t.op("Cast", [image.features], {"to": ir.DataType.FLOAT})
         size = t.op("ReduceL1", [x, constant(t, -1)], {"keepdims": 0})
-        top, pivots = topk(t, size, constant(t, min(PIVOTS, image.visual_tokens)))
+        found = image.visual_tokens
+        if isinstance(found, int):
+            count = constant(t, min(PIVOTS, found))
+        else:
+            count = t.op("Min", [constant(t, PIVOTS), found])
+        top, pivots = topk(t, size, count)
         unit = unit_rows(t, x)
         similar = t.op("MatMul", [unit, transposed(t, take_rows(t, unit, pivots))])
         scores = t.op("Neg", [t.op("ReduceMax", [similar, constant(t, -1)], {"keepdims": 0})])

@@ -35,11 +35,14 @@ class TorchImage:
 
 @dataclass(frozen=True)
 class GraphImage:
-    """What a selector may look at in a vision encoder's graph: the same, as graph values."""
+    """What a selector may look at in a vision encoder's graph: the same, as graph values.
+
+    visual_tokens: [1] int64 where it varies with the picture.
+    """
 
     features: ir.Value
     cls_attention: Callable[[tape.Tape], ir.Value]
-    visual_tokens: int
+    visual_tokens: int | ir.Value
 
 
 class Selector:
@@ -83,12 +86,21 @@ class Merge:
 
     name: ClassVar[str]
 
-    def merge(self, x: Tensor, keep: int) -> Tensor:
-        """[B, N, D] -> [B, keep, D]; values carry gradients, choices do not."""
+    def merge(self, x: Tensor, keep: int, by: Tensor | None = None) -> Tensor:
+        """[B, N, D] -> [B, keep, D]; values carry gradients, choices do not.
+
+        by: [B, N, D'], what choices are made by, where it is not x itself.
+        """
         raise NotImplementedError
 
-    def graph_merge(self, t: tape.Tape, x: ir.Value, keep: int) -> ir.Value:
-        """The same in ONNX, for a number of tokens that may be dynamic but is at least `keep`."""
+    def destinations(self, x: Tensor, keep: int) -> Tensor:
+        """[B, N, D] -> [B, keep] int64: the token that each of the merged ones stands for."""
+        raise NotImplementedError
+
+    def graph_merge(
+        self, t: tape.Tape, x: ir.Value, keep: int | ir.Value, by: ir.Value | None = None
+    ) -> tuple[ir.Value, ir.Value]:
+        """Both in ONNX, for a number of tokens that may be dynamic but is at least `keep`, an int or [1]."""
         raise NotImplementedError
 
 

@@ -97,8 +97,8 @@ def plan(
     layout = source.family.layout(source.config, config)
     if not source.family.plain:
         raise ModelError(
-            f"training of {source.family.name} models is not supported, only of those with one crop for each "
-            "picture whose tokens see those before them"
+            f"training of {source.family.name} models is not supported, only of those with one crop of "
+            "one size for each picture whose tokens see those before them"
         )
     processor = load_processor(source.folder)
     encoder = Encoder(

@@ -114,7 +114,9 @@ def test_the_command_line(subject, capsys, tmp_path):
     folder, image = str(subject.traced.source.folder), tmp_path / "wide.png"
     picture(SIZES[1]).save(image)
     assert run(["inspect", folder]) == 0
-    assert f"family {subject.traced.source.family.name}, 2 decoder layers" in capsys.readouterr().out
+    family, config = subject.traced.source.family, subject.traced.source.config
+    layers = family.decoder_dims(config).num_layers
+    assert f"family {family.name}, {layers} decoder layers" in capsys.readouterr().out
     asked = ["generate", str(subject.skip.folder), "--image", str(image), "--prompt", "What?"]
     assert run([*asked, "--max-new-tokens", "2"]) == 0
 

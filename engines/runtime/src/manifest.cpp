@@ -117,6 +117,10 @@ Manifest Manifest::parse(const Document& document) {
   Field model = root.at("model");
   manifest.tiled = model.flag_or("tiled", false);
   if (model.has("max_positions")) manifest.max_positions = model.at("max_positions").integer(1);
+  if (model.has("merge_size"))
+    model.at("merge_size")
+        .fail("is set: the model takes pictures of any shape, which this runtime does not know; run "
+              "the bundle with `skipvision generate`");
   manifest.num_layers = static_cast<int>(model.at("num_layers").integer(1, 10000));
   manifest.hidden_size = model.at("hidden_size").integer(1);
   manifest.vocab_size = model.at("vocab_size").integer(1);

@@ -193,6 +193,8 @@ void test_manifest_errors() {
   check_error("skipvision.json: schema_version: is missing", read("{}"));
   check_error("schema_version: is 2", read(R"({"schema_version": 2})"));
   check_error("skipvision.json: model.num_layers", read(R"({"schema_version": 1, "model": {}})"));
+  check_error("model.merge_size: is set: the model takes pictures of any shape",
+              read(R"({"schema_version": 1, "model": {"merge_size": 2}})"));
   check_error("no ONNX graph", [] { external_tensors("\x3A\xFF", "x.onnx"); });
 }
 

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from skipvision_export.config import SkipVisionConfig
 from skipvision_export.graph.passes.batch_size import BatchSizePass
 from skipvision_export.graph.passes.cached_positions import CachedPositionsPass
+from skipvision_export.graph.passes.deepstack import DeepstackPass
 from skipvision_export.graph.passes.flat_features import FlatFeaturesPass
 from skipvision_export.graph.passes.grouped_prefill import GroupedPrefillPass
 from skipvision_export.graph.passes.grouped_rotary import GroupedRotaryPass
@@ -21,6 +22,7 @@ from skipvision_export.graph.passes.int4_weights import Int4WeightsPass
 from skipvision_export.graph.passes.kv_prune import KVPrunePass
 from skipvision_export.graph.passes.last_layer import LastLayerPass
 from skipvision_export.graph.passes.lay_out import LayOutPass, Weights
+from skipvision_export.graph.passes.lay_out_varying import LayOutVaryingPass
 from skipvision_export.graph.passes.names import (
     APPEND,
     DECODE,
@@ -51,7 +53,8 @@ class PassContext:
     max_positions: of a sequence, where the model names a limit.
     summary: weights of the summary tokens, see LayOutPass; empty where the layout has none. pack, int4: the
     passes that both decoder graphs go through, where projections are packed, and where weights become int4.
-    target: the runtime that the bundle is for.
+    target: the runtime that the bundle is for. width: of the decoder, where the number of visual tokens
+    varies with the picture; deepstack: layers that get further features of these.
     """
 
     num_layers: int
@@ -65,6 +68,8 @@ class PassContext:
     pack: PackProjectionsPass | None = None
     int4: Int4WeightsPass | None = None
     target: str = ONNXRUNTIME
+    width: int | None = None
+    deepstack: int = 0
 
 
 def passes_for(graph: str, context: PassContext) -> list[ir.passes.InPlacePass]:
@@ -81,6 +86,7 @@ def passes_for(graph: str, context: PassContext) -> list[ir.passes.InPlacePass]:
     tiers = [layout.layer_tier(layer) for layer in range(context.num_layers)]
     prefill: list[ir.passes.InPlacePass] = [
         OwnSizesPass(),
+        *([DeepstackPass(context.deepstack)] if context.deepstack else []),
         HalfRotaryPass(),
         NativeGQAPass(),
         *([WiderMaskPass(context.sees)] if context.sees != "before" else []),
@@ -92,7 +98,9 @@ def passes_for(graph: str, context: PassContext) -> list[ir.passes.InPlacePass]:
     ]
     passes: dict[str, list[ir.passes.InPlacePass]] = {
         VISION: [
-            LayOutPass(config, layout, context.visual_tokens, context.vision_layers, context.summary),
+            LayOutPass(config, layout, context.visual_tokens, context.vision_layers, context.summary)
+            if context.width is None
+            else LayOutVaryingPass(config, context.width, context.summary),
         ],
         EMBED: [],
         PREFILL: prefill,

@@ -91,10 +91,10 @@ class LayOutPass(ir.passes.InPlacePass):
             blocks.append(_rows(t, x, 0, retained) if skipped else x)
         if skipped:
             rest = _rows(t, x, retained, None) if retained else x
-            blocks.append(merge(self.config.merge).graph_merge(t, rest, skipped) if merges else rest)
+            blocks.append(merge(self.config.merge).graph_merge(t, rest, skipped)[0] if merges else rest)
         if self.layout.summaries:
-            weights = self._weights(graph, features)
-            blocks = [part for block in blocks for part in (block, _summary(t, block, weights))]
+            weights = summary_weights(graph, features, self.summary)
+            blocks = [part for block in blocks for part in (block, summarized(t, block, weights))]
         return t.op("Concat", blocks, {"axis": 1}) if len(blocks) > 1 else blocks[0]
 
     def _ordered(self, t: tape.Tape, graph: ir.Graph, features: ir.Value, sizes: Sequence[int]) -> ir.Value:
@@ -120,32 +120,43 @@ class LayOutPass(ir.passes.InPlacePass):
         chosen.name = TOKEN_ORDER
         return take_rows(t, features, chosen)
 
-    def _weights(self, graph: ir.Graph, features: ir.Value) -> dict[str, ir.Value]:
-        """The summary's weights as named initializers in the features' type; the matrix as [D, 1]."""
-        assert features.dtype is not None
-        found = {}
-        for name, array in self.summary.items():
-            array = np.ascontiguousarray(array.T if array.ndim == 2 else array)
-            tensor = ir.tensor(array.astype(features.dtype.numpy()), name=SUMMARY_PREFIX + name)
-            value = ir.Value(name=tensor.name, const_value=tensor, shape=ir.Shape(array.shape))
-            value.type = ir.TensorType(features.dtype)
-            graph.register_initializer(value)
-            found[name] = value
-        return found
+
+def summary_weights(graph: ir.Graph, features: ir.Value, weights: Weights) -> dict[str, ir.Value]:
+    """The summary's weights as named initializers in the features' type; the matrix as [D, 1]."""
+    assert features.dtype is not None
+    found = {}
+    for name, array in weights.items():
+        array = np.ascontiguousarray(array.T if array.ndim == 2 else array)
+        tensor = ir.tensor(array.astype(features.dtype.numpy()), name=SUMMARY_PREFIX + name)
+        value = ir.Value(name=tensor.name, const_value=tensor, shape=ir.Shape(array.shape))
+        value.type = ir.TensorType(features.dtype)
+        graph.register_initializer(value)
+        found[name] = value
+    return found
 
 
 def _order(t: tape.Tape, scores: ir.Value, groups: npt.NDArray[np.int64]) -> ir.Value:
     """Scores [N, V] and the group of each rank [V] -> [N, V] int64: the token at each place."""
     v = len(groups)
-    count = constant(t, v)
+    starts = constant(t, *(groups * v).tolist(), dtype=np.float32)
+    places = constant(t, *range(v), dtype=np.float32)
+    return grouped_order(t, scores, constant(t, v), starts, places)
+
+
+def grouped_order(
+    t: tape.Tape, scores: ir.Value, count: ir.Value, starts: ir.Value, places: ir.Value
+) -> ir.Value:
+    """Scores [N, V] -> [N, V] int64: the token at each place, by groups, each in raster order.
+
+    count: [1] int64, V; starts: [V] float32, V times the group of each rank; places: [V] float32, 0 to V - 1.
+    """
     ranked = topk(t, scores, count)[1]
     shape = t.op("Shape", [ranked])
     # Sort key: the group, then the raster index; all are distinct and exact in float32.
-    starts = t.op("Expand", [constant(t, *(groups * v).tolist(), dtype=np.float32), shape])
+    starts = t.op("Expand", [starts, shape])
     zeros = t.op("Expand", [constant(t, 0, dtype=np.float32), shape])
     group = t.op("ScatterElements", [zeros, ranked, starts], {"axis": 1})
-    keys = t.op("Add", [group, constant(t, *range(v), dtype=np.float32)])
-    return topk(t, keys, count, largest=0)[1]
+    return topk(t, t.op("Add", [group, places]), count, largest=0)[1]
 
 
 def _rows(t: tape.Tape, x: ir.Value, start: int, end: int | None) -> ir.Value:
@@ -154,11 +165,16 @@ def _rows(t: tape.Tape, x: ir.Value, start: int, end: int | None) -> ir.Value:
     return t.op("Slice", [x, constant(t, start), constant(t, end), constant(t, 1)])
 
 
-def _summary(t: tape.Tape, x: ir.Value, weights: dict[str, ir.Value]) -> ir.Value:
-    """[N, n, D] -> [N, 1, D]: the mean of a block, weighted by a softmax over its tokens."""
+def summarized(
+    t: tape.Tape, x: ir.Value, weights: dict[str, ir.Value], by: ir.Value | None = None
+) -> ir.Value:
+    """[N, n, D] -> [N, 1, D]: the mean of a block, weighted by a softmax over its tokens.
+
+    by: [N, n, D'], what the weights follow from, where it is not x itself.
+    """
     normed = t.op(
         "LayerNormalization",
-        [x, weights["ada.0.weight"], weights["ada.0.bias"]],
+        [x if by is None else by, weights["ada.0.weight"], weights["ada.0.bias"]],
         {"axis": -1, "epsilon": EPSILON},
     )
     logits = t.op("MatMul", [normed, weights["ada.1.weight"]])

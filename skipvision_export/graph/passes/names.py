@@ -19,6 +19,19 @@ IMAGE_INDEX = "image_index"
 
 # What the vision encoder gives and embeddings take.
 IMAGE_FEATURES = "image_features"
+# Of a picture of any shape, what its encoder takes: its grid of patches, [1, 3] of time, rows and columns,
+# and, where tokens are chosen, how many are retained and skipped, [2], and [1, V] scores where those do not
+# depend on the picture. And what it gives where they are chosen: the place in raster order of each
+# laid-out token, [1, total], -1 for a summary token.
+GRID = "image_grid_thw"
+# Beside it where the tower attends within windows: the patches of each, see PatchInput.
+WINDOWS = "window_index"
+GROUP_SIZES = "group_sizes"
+TOKEN_SCORES = "token_scores"
+PLACES = "image_places"
+# Further features of the visual tokens, [B, S, levels * D], zero at text: from embeddings to prefill, which
+# adds them behind its first layers.
+DEEPSTACK = "deepstack_embeds"
 # Inside the vision encoder, where tokens are laid out: the features before that.
 RASTER_FEATURES = "image_features.raster"
 # And there the chosen order of the tokens, [N, V] int64, where it depends on the picture.
