@@ -17,6 +17,7 @@ from skipvision_export.graph.passes.names import (
     EMBED,
     IMAGE_FEATURES,
     ONNXRUNTIME,
+    PLACES,
     PREFILL,
     RASTER_FEATURES,
     VISION,
@@ -32,6 +33,7 @@ from skipvision_export.runtime.prompt import PromptInputs
 from skipvision_export.runtime.tapped import TappedGraph
 from skipvision_export.runtime.torch_reference import TorchReference
 from skipvision_export.runtime.torch_taps import Call, TorchTaps
+from skipvision_export.runtime.varying import LaidPictures, Patches
 from skipvision_export.validation import tensor_gap
 from skipvision_export.validation.blame import ALONE_DB, Point, Verdict, blame, point, same_rows
 
@@ -184,15 +186,20 @@ class _Comparison:
 
     def report(self) -> LayerReport:
         """Run all graphs and judge."""
-        features = self._vision()
+        out = self._vision()
+        features = out[IMAGE_FEATURES]
         assert self.done.laid is not None
         laid = self.done.laid.reshape(features.shape)
-        feeds, kept = self.bundle.generator.prefill_feeds(
-            PromptBatch(self.placed.input_ids, np.zeros(1, np.int64)), laid
-        )
+        prompt, pictures = PromptBatch(self.placed.input_ids, np.zeros(1, np.int64)), laid
+        if isinstance(self.placed.pixel_values, Patches):
+            places = out.get(PLACES, np.arange(laid.shape[1])[None])
+            pictures = LaidPictures(laid, self.placed.pixel_values.grids, tuple(places))
+        feeds, kept = self.bundle.generator.prefill_feeds(prompt, pictures)
+        own = self.bundle.backend.numpy
+        feeds = {name: x if isinstance(x, np.ndarray) else own(x) for name, x in feeds.items()}
         embeds = self._embed(laid, features)
         cache = self._prefill(feeds, embeds)
-        self._decode(cache, kept)
+        self._decode(cache, kept, self.bundle.generator.next_positions(prompt, pictures))
         verdict = blame(self.points, self.bundle.manifest.dtype)
         if verdict is None or verdict.kind == "rounding":
             return LayerReport(self.points, verdict)
@@ -202,8 +209,8 @@ class _Comparison:
 
     # -- graphs ----------------------------------------------------------------------------------
 
-    def _vision(self) -> Array:
-        """Compare the vision encoder; returns its features in the chain."""
+    def _vision(self) -> dict[str, Array]:
+        """Compare the vision encoder; returns what it gives in the chain."""
         call, paths = self.taps.vision, self.taps.vision_layers
         expected = {f"vision.layers.{i}": call.left[path] for i, path in enumerate(paths)}
 
@@ -219,10 +226,15 @@ class _Comparison:
             name: (path,) for name, path in zip(expected, paths, strict=False)
         }
         scopes[RASTER_FEATURES] = scopes[IMAGE_FEATURES] = ("projector",)
-        chained = self._compare(
-            tapped, VISION, {"pixel_values": self.placed.pixel_values}, None, expected, call, scopes
-        )
-        return chained[IMAGE_FEATURES]
+        return self._compare(tapped, VISION, self._picture(), None, expected, call, scopes)
+
+    def _picture(self) -> dict[str, Array]:
+        """The vision encoder's inputs."""
+        pixels, varying = self.placed.pixel_values, self.bundle.generator.varying
+        if not isinstance(pixels, Patches):
+            return {"pixel_values": pixels}
+        assert varying is not None
+        return varying.feeds(*next(pixels.each()))
 
     def _embed(self, laid: Array, features: Array) -> Array:
         """Compare embeddings; returns those in the chain."""
@@ -247,7 +259,7 @@ class _Comparison:
             chained = self._compare(tapped, graph, given, chain, expected, call, self._scopes())
         return {name: chained[name] for name in self._present}
 
-    def _decode(self, cache: dict[str, Array], kept: Array) -> None:
+    def _decode(self, cache: dict[str, Array], kept: Array, position: Array) -> None:
         """Compare each form of decode, on the cache that the reference's prefill left, and on the chain's."""
         call, generator = self.taps.steps[1], self.bundle.generator
         cached = self.done.kv_tokens_after_prefill
@@ -260,7 +272,7 @@ class _Comparison:
         token = np.array([[self.done.token_ids[0]]], np.int64)
         feeds = {
             "attention_mask": np.ones((1, cached + 1), np.int64),
-            "position_ids": np.array([[self.done.prompt_tokens]], np.int64),
+            "position_ids": generator.position_ids(position),
         }
         own = np.asarray(generator.backend.numpy(generator.embed(token)))
         given = {name: kv[None] for name, kv in zip(self._present, self.done.kv, strict=True)}

@@ -215,16 +215,25 @@ class Generator:
 
         token, position: [B], or of a single row; positions count each row's whole original sequence.
         """
-        tokens, positions = (np.reshape(np.asarray(x, np.int64), (-1, 1)) for x in (token, position))
-        if self.varying is not None:
-            positions = np.stack([positions] * 3)  # text has the same on all axes
         return cache.step(
             {
-                "inputs_embeds": self.embed(tokens),
+                "inputs_embeds": self.embed(np.reshape(np.asarray(token, np.int64), (-1, 1))),
                 "attention_mask": cache.mask(),
-                "position_ids": positions,
+                "position_ids": self.position_ids(position),
             }
         )
+
+    def position_ids(self, position: int | Ints) -> Ints:
+        """What decode takes of the position of each row's token, [B]: [B, 1], or [3, B, 1]."""
+        positions = np.reshape(np.asarray(position, np.int64), (-1, 1))
+        # Text has the same on all axes.
+        return positions if self.varying is None else np.stack([positions] * 3)
+
+    def next_positions(self, batch: PromptBatch, features: Any) -> Ints:
+        """[B], the position behind each prompt; features: of their pictures, laid out."""
+        if self.varying is None:
+            return batch.lengths
+        return positions_of(batch, self.image_token, self.varying.by_row(batch, self.image_token, features))[1]
 
     def generate(
         self,

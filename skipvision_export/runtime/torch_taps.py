@@ -54,7 +54,8 @@ class TorchTaps:
         self._paths = {module: name for name, module in Decoder(model, family).named_modules()}
         vision = {module: name for name, module in VisionEncoder(model, family).named_modules()}
         tower = list(family.vision_layers(model))[: family.vision_dims(config).num_layers]
-        self.vision_layers = [vision[layer] for layer in tower]
+        # With windows the tower's code sorts patches by window, the exported graph does not.
+        self.vision_layers = [vision[layer] for layer in tower if family.window_side(config) is None]
         self._paths |= {module: name for module, name in vision.items() if module not in self._paths}
         self._norms = [family.ffn(layer)[0] for layer in layers]
         self.ffns = [self._paths[norm] for norm in self._norms]
