@@ -10,7 +10,7 @@ BIN := .venv/bin
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
-	  -c constraints.txt -e ".[train,trt-rtx,dev]"
+	  -c constraints.txt -e ".[train,serve,trt-rtx,dev]"
 	touch $@
 
 demo: .venv/.installed

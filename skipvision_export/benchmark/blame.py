@@ -190,9 +190,10 @@ class _Comparison:
         features = out[IMAGE_FEATURES]
         assert self.done.laid is not None
         laid = self.done.laid.reshape(features.shape)
-        prompt, pictures = PromptBatch(self.placed.input_ids, np.zeros(1, np.int64)), laid
+        prompt = PromptBatch(self.placed.input_ids, np.zeros(1, np.int64))
+        pictures: Array | LaidPictures = laid
         if isinstance(self.placed.pixel_values, Patches):
-            places = out.get(PLACES, np.arange(laid.shape[1])[None])
+            places = out[PLACES] if PLACES in out else np.arange(features.shape[1])[None]
             pictures = LaidPictures(laid, self.placed.pixel_values.grids, tuple(places))
         feeds, kept = self.bundle.generator.prefill_feeds(prompt, pictures)
         own = self.bundle.backend.numpy

@@ -233,7 +233,8 @@ class Generator:
         """[B], the position behind each prompt; features: of their pictures, laid out."""
         if self.varying is None:
             return batch.lengths
-        return positions_of(batch, self.image_token, self.varying.by_row(batch, self.image_token, features))[1]
+        rows = self.varying.by_row(batch, self.image_token, features)
+        return positions_of(batch, self.image_token, rows)[1]
 
     def generate(
         self,
