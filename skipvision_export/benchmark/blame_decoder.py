@@ -11,8 +11,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from skipvision_export.benchmark.blame import STEPS, LayerReport, place, residual_stream
+from skipvision_export.benchmark.blame import STEPS, place, residual_stream
 from skipvision_export.benchmark.contenders import Prompt
+from skipvision_export.benchmark.layer_report import LayerReport
 from skipvision_export.errors import ModelError, PassError
 from skipvision_export.graph.others import kv_names
 from skipvision_export.graph.passes.names import TOKEN_INPUTS, past_name

@@ -15,11 +15,12 @@ from skipvision_export.bundle import Manifest
 from skipvision_export.config import SkipVisionConfig
 from skipvision_export.graph.passes.names import VISION
 from skipvision_export.layout import TokenLayout
-from skipvision_export.runtime.generation import Generator, Transcript
+from skipvision_export.runtime.generation import Generator
 from skipvision_export.runtime.ort import OrtBackend
 from skipvision_export.runtime.pipeline import Bundle
 from skipvision_export.runtime.prompt import PromptInputs
 from skipvision_export.runtime.torch_reference import TorchReference
+from skipvision_export.runtime.transcript import Transcript
 from skipvision_export.runtime.widened import widened
 
 

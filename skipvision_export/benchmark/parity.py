@@ -10,14 +10,14 @@ import numpy as np
 from PIL import Image
 
 from skipvision_export.benchmark.accuracy import normalize
-from skipvision_export.benchmark.blame import LayerReport
 from skipvision_export.benchmark.contenders import Contenders, Prompt, is_exact
+from skipvision_export.benchmark.layer_report import LayerReport
 from skipvision_export.bundle import Manifest
 from skipvision_export.errors import BackendError
 from skipvision_export.runtime.data import Sample
-from skipvision_export.runtime.generation import Transcript
 from skipvision_export.runtime.pipeline import Bundle
 from skipvision_export.runtime.torch_reference import TorchReference
+from skipvision_export.runtime.transcript import Transcript
 from skipvision_export.validation import INT4_MIN_DB, LIMIT, Gap, compare_precision, compare_steps, layer_rows
 
 Progress = Callable[[str], None]

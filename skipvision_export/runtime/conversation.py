@@ -8,8 +8,9 @@ import numpy as np
 
 from skipvision_export.errors import InputError
 from skipvision_export.graph.passes.names import APPEND
-from skipvision_export.runtime.generation import Before, Transcript
+from skipvision_export.runtime.generation import Before
 from skipvision_export.runtime.prompt import Picture, Pictures, listed, user_turn
+from skipvision_export.runtime.transcript import Transcript
 
 if TYPE_CHECKING:
     from skipvision_export.runtime.batch import Ints

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,6 +33,7 @@ from skipvision_export.runtime.batch import (
     prefill_indices,
 )
 from skipvision_export.runtime.kv_cache import KVCache
+from skipvision_export.runtime.transcript import Transcript
 from skipvision_export.runtime.varying import LaidPictures, Patches, VaryingPictures, positions_of
 
 # Of a prompt's pictures: pixel_values [N, 3, h, w], or, where they have any shape, patches.
@@ -62,43 +63,6 @@ class Backend(Protocol):
 
     def shape(self, value: Any) -> list[int]:
         """Sizes of a tensor."""
-
-
-@dataclass
-class Transcript:
-    """What one generation did.
-
-    token_ids: generated ids, the end token included; logits: one [vocab] float32 row for each of
-    them, where asked for; kv: [K or V of each layer in turn], [H, K, Dh] right after prefill, where
-    asked for; retained_tokens, skipped_tokens: of all pictures; raster, laid: the images' features
-    [N*V, D] and [N*layout.total, D], before and after they are laid out, and order: the tokens of each as
-    they were chosen, [N, V], empty where nothing had to be chosen; all three only where asked for.
-    """
-
-    token_ids: list[int] = field(default_factory=list)
-    logits: list[npt.NDArray[np.float32]] = field(default_factory=list)
-    kv: list[npt.NDArray[np.float32]] = field(default_factory=list)
-    raster: npt.NDArray[np.float32] | None = None
-    laid: npt.NDArray[np.float32] | None = None
-    order: list[list[int]] = field(default_factory=list)
-    pictures: int = 0
-    retained_tokens: int = 0
-    skipped_tokens: int = 0
-    prompt_tokens: int = 0
-    kv_tokens_after_prefill: int = 0
-    vision_ms: float = 0.0
-    prefill_ms: float = 0.0
-    decode_ms: list[float] = field(default_factory=list)
-
-    @property
-    def ttft_ms(self) -> float:
-        """Time to the first token: vision encoder, embeddings and prefill."""
-        return self.vision_ms + self.prefill_ms
-
-    @property
-    def decode_ms_per_token(self) -> float:
-        """Median over decode steps; 0 where there was none."""
-        return float(np.median(self.decode_ms)) if self.decode_ms else 0.0
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from skipvision_export.config import SkipVisionConfig
 from skipvision_export.errors import InputError
 from skipvision_export.models.loading import load_processor
 from skipvision_export.runtime.conversation import Conversation
-from skipvision_export.runtime.generation import Generator, Transcript
+from skipvision_export.runtime.generation import Generator
 from skipvision_export.runtime.ort import OrtBackend
 from skipvision_export.runtime.prompt import (
     Picture,
@@ -25,6 +25,7 @@ from skipvision_export.runtime.prompt import (
     resize_placeholders,
     turns_text,
 )
+from skipvision_export.runtime.transcript import Transcript
 from skipvision_export.runtime.varying import Patches, VaryingPictures, resize
 
 

@@ -12,10 +12,10 @@ from skipvision_export.config import SkipVisionConfig
 from skipvision_export.graph.passes.names import GRID
 from skipvision_export.method import SkipVisionState, apply_skip_vision, saved_summary
 from skipvision_export.models.loading import ModelSource, load_model, load_processor
-from skipvision_export.runtime.generation import Transcript
 from skipvision_export.runtime.pipeline import eos_tokens
 from skipvision_export.runtime.prompt import Pictures, PromptInputs, prepare
 from skipvision_export.runtime.rounded import load_in_int4, load_rounded
+from skipvision_export.runtime.transcript import Transcript
 from skipvision_export.runtime.varying import Patches
 
 

@@ -15,7 +15,7 @@ LIMIT = 1e-4
 
 
 class Steps(Protocol):
-    """What one generation left behind; see runtime.generation.Transcript."""
+    """What one generation left behind; see runtime.transcript.Transcript."""
 
     token_ids: list[int]
     logits: list[Array]

@@ -27,7 +27,7 @@ NOTE = (
 
 
 class Seen(Steps, Protocol):
-    """A generation that also recorded its picture; see runtime.generation.Transcript."""
+    """A generation that also recorded its picture; see runtime.transcript.Transcript."""
 
     raster: Array | None
     order: list[list[int]]
