@@ -89,6 +89,8 @@ class SkipVisionConfig:
                 raise ConfigError(
                     f"retained={self.retained} and skipped={self.skipped} must be at least 0 and not both 0"
                 )
+        if not 0 <= self.seed < 1 << 63:
+            raise ConfigError(f"seed={self.seed} is not in [0, 2^63)")
         for label, share, top in (
             ("skip_share", self.skip_share, self.skip_share != 1),
             ("retained_share", self.retained_share, True),
@@ -295,17 +297,22 @@ class SkipVisionConfig:
     @classmethod
     def from_json(cls, data: dict[str, Any] | str) -> SkipVisionConfig:
         """Inverse of `to_json`; raises ConfigError on unknown fields and on types that do not fit."""
+        from pydantic import TypeAdapter, ValidationError
+
         try:
             values = json.loads(data) if isinstance(data, str) else dict(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"no readable JSON: {error}") from None
         unknown = sorted(values.keys() - {field.name for field in fields(cls)})
         if unknown:
             raise ConfigError(f"unknown configuration fields {', '.join(unknown)}")
         try:
-            return cls(**values)
-        except TypeError as error:
-            raise ConfigError(f"configuration fields of a wrong type: {error}") from None
+            # As JSON: there arrays are what tuples are written as, and nothing else is converted.
+            return TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ConfigError(f"configuration field {where} is of a wrong type: {first['msg']}") from None
 
     @classmethod
     def load(cls, file: str | Path) -> SkipVisionConfig:
@@ -313,7 +320,7 @@ class SkipVisionConfig:
         file = Path(file)
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{file} is no readable configuration: {error}") from None
         if not isinstance(data, dict):
             raise ConfigError(f"{file} is no configuration: expected a JSON object")

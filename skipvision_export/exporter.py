@@ -158,8 +158,7 @@ class TracedModel:
                 files=file_table(folder, written.files),
                 referenced=written.referenced,
             )
-            text = manifest.model_dump_json(indent=1)
-            (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+            manifest = manifest.write(folder / MANIFEST)
         return Bundle(out, manifest)
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import onnxruntime
 import pytest
 
+from skipvision_export.bundle import seal
+
 SOURCE = Path(__file__).parents[1] / "engines" / "runtime"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny_vlm"
 HEADERS = (
@@ -104,4 +106,4 @@ def alter(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change a bundle's manifest."""
     manifest = json.loads((folder / "skipvision.json").read_text())
     change(manifest)
-    (folder / "skipvision.json").write_text(json.dumps(manifest))
+    (folder / "skipvision.json").write_text(seal(manifest))

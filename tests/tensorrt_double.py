@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from cpp_build import SOURCE, call, include_folder, request_lines
 
-from skipvision_export.bundle import MANIFEST, Manifest, sha256_of
+from skipvision_export.bundle import MANIFEST, Manifest, seal, sha256_of
 from skipvision_export.tensorrt.build import plan
 from skipvision_export.tensorrt.manifest import ENGINES, BundleRef, EngineInfo, EnginesManifest, EngineTensor
 from skipvision_export.tensorrt.recipe import Recipe
@@ -143,7 +143,7 @@ def write_engines(bundle: Path, out: Path, built_with: str, recipe: str = "", pl
         recipe=planned.recipe.model_dump(mode="json"),
         engines=engines,
     )
-    (out / ENGINES).write_text(made.model_dump_json(indent=1) + "\n")
+    made.write(out / ENGINES)
     return out
 
 
@@ -162,7 +162,7 @@ def never_ends(folder: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 279}))
     manifest = json.loads((folder / "skipvision.json").read_text())
     manifest["files"][file.name]["bytes"] = file.stat().st_size  # checked in any case
-    (folder / "skipvision.json").write_text(json.dumps(manifest))
+    (folder / "skipvision.json").write_text(seal(manifest))
 
 
 def tensorrt_options(headers: Path, nvinfer: Path, cudart: Path) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ one may have against patched PyTorch.
 """
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from families import TEXT, text_config
@@ -17,12 +18,17 @@ from others import (
     with_int4_of,
     write_text_model,
 )
-from tiny import tiny_config, tiny_model
+from tiny import tiny_config, tiny_model, write_tiny
 
 from skipvision_export import SkipVisionConfig, apply_skip_vision
+from skipvision_export.benchmark.blame_decoder import compare_decoder
+from skipvision_export.benchmark.parity import synthetic_prompts
+from skipvision_export.errors import PassError
 from skipvision_export.graph.passes.names import ffn_index_name, present_names
+from skipvision_export.models.loading import resolve_model
 from skipvision_export.rewriting import rewrite_decoder
 from skipvision_export.runtime.batch import PromptBatch, prefill_indices
+from skipvision_export.runtime.torch_reference import TorchReference
 
 IMAGE, VISUAL, STEPS = 3, 64, 12
 # Logits and keys are of the order of 1; float32 rounds them to 1e-6 in either program.
@@ -247,3 +253,41 @@ def test_other_text_models(text, tmp_path):
     found = Decoder(tmp_path / "skip.onnx", embed, head_size).generate(words, STEPS, rows, keep)
     assert found[0] == expected[0]
     assert worst(found, expected) <= LIMIT
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    return TorchReference(resolve_model(write_tiny(tmp_path_factory.mktemp("reference") / "model")))
+
+
+def with_numbers_of(reference, made):
+    """The same processor with the model whose numbers the graph holds."""
+    return TorchReference(reference.source, made.llava)
+
+
+def test_no_layer_of_a_right_decoder_is_blamed(made, reference):
+    report = compare_decoder(made.file, with_numbers_of(reference, made), synthetic_prompts(1, 96)[0])
+    assert report.verdict is None, report.line()
+    assert len(report.points) == 2 * (3 * 4 + 1)
+
+
+def test_the_wrong_layer_of_a_decoder_is_named(made, reference, tmp_path):
+    """A layer's last matrix, or its scales, are a hundredth too large."""
+    model = ir.load(made.file)
+    node = next(
+        n for n in model.graph if "layers.1/mlp/down_proj" in n.name and n.op_type.startswith("MatMul")
+    )
+    weight = next(v for v in node.inputs[1:] if v.const_value.dtype == ir.DataType.FLOAT)
+    weight.const_value = ir.tensor(weight.const_value.numpy() * np.float32(1.01))
+    ir.save(model, tmp_path / "model.onnx", external_data="model.onnx_data")
+    report = compare_decoder(
+        tmp_path / "model.onnx", with_numbers_of(reference, made), synthetic_prompts(1, 96)[0]
+    )
+    assert report.verdict is not None
+    assert (report.verdict.kind, report.verdict.point.name) == ("break", "layers.1.ffn")
+
+
+def test_a_decoder_of_another_model_is_refused(made, tmp_path):
+    other = TorchReference(resolve_model(write_tiny(tmp_path / "model", num_hidden_layers=2)))
+    with pytest.raises(PassError, match="3 layers, the model has 2"):
+        compare_decoder(made.file, other, synthetic_prompts(1, 96)[0])

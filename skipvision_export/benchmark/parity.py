@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from skipvision_export.benchmark.accuracy import normalize
+from skipvision_export.benchmark.blame import LayerReport
 from skipvision_export.benchmark.contenders import Contenders, Prompt, is_exact
 from skipvision_export.bundle import Manifest
 from skipvision_export.errors import BackendError
@@ -30,21 +31,35 @@ class ParityReport:
     transcripts: dict[str, list[Transcript]]
     orders: list[list[int]]
     accuracy: dict[str, float]
+    by_layer: LayerReport | None = None
 
     @property
     def passed(self) -> bool:
-        """No gap is over its limit; those that were not run do not count."""
-        return not any(gap.failures() for gap in self.gaps.values())
+        """No gap and no layer is over its limit; those that were not run do not count."""
+        layers = self.by_layer is None or self.by_layer.verdict is None
+        return layers and not any(gap.failures() for gap in self.gaps.values())
 
     def to_json(self) -> dict[str, Any]:
         """The contract's keys."""
         return {
             "passed": self.passed,
             "gaps": {name: gap.to_json() for name, gap in self.gaps.items()},
-            "layers": layer_rows(self.gaps["rewrite"]),
+            "layers": self._layers(),
             "greedy_match": self.gaps["rewrite"].greedy_match,
             "accuracy": self.accuracy,
+            **({} if self.by_layer is None else self.by_layer.to_json()),
         }
+
+    def _layers(self) -> list[dict[str, Any]]:
+        """K and V over all prompts, and the residual stream behind attention and FFN in one prefill."""
+        rows = layer_rows(self.gaps["rewrite"])
+        stream = {} if self.by_layer is None else self.by_layer.prefill()
+        for row in rows:
+            for part in ("attention", "ffn"):
+                point = stream.get(f"layers.{row['layer']}.{part}")
+                if point is not None:
+                    row[part] = point.chained.to_json()
+        return rows
 
 
 def prompts_from(samples: Sequence[Sample]) -> list[Prompt]:

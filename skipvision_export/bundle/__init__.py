@@ -4,7 +4,9 @@ from skipvision_export.bundle.genai import GENAI_CONFIG, check_genai, write_gena
 from skipvision_export.bundle.graphs import load_graph, write_graphs
 from skipvision_export.bundle.manifest import (
     MANIFEST,
+    FileInfo,
     GraphInfo,
+    InsidePath,
     Manifest,
     ModelInfo,
     PromptInfo,
@@ -13,6 +15,7 @@ from skipvision_export.bundle.manifest import (
     StrictModel,
     VersionedModel,
     file_table,
+    seal,
     sha256_of,
 )
 from skipvision_export.bundle.output import (
@@ -28,7 +31,9 @@ from skipvision_export.bundle.room import check_room
 __all__ = [
     "GENAI_CONFIG",
     "MANIFEST",
+    "FileInfo",
     "GraphInfo",
+    "InsidePath",
     "Manifest",
     "ModelInfo",
     "PromptInfo",
@@ -45,6 +50,7 @@ __all__ = [
     "check_room",
     "file_table",
     "load_graph",
+    "seal",
     "sha256_of",
     "write_genai",
     "write_graphs",

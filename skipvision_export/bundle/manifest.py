@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal, Self
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from skipvision_export.config import SkipVisionConfig
 from skipvision_export.errors import BundleError
@@ -25,7 +25,19 @@ class StrictModel(BaseModel):
 
 
 class VersionedModel(StrictModel):
-    """What a JSON file holds that says its own schema version."""
+    """What a JSON file holds that says its own schema version.
+
+    digest: sha256 of the file as it is with an empty digest: the hashes of all other files stand in it, and
+    so do numbers that no hash covers.
+    """
+
+    digest: str = ""
+
+    def write(self, file: Path) -> Self:
+        """Write it as JSON; returns it with its digest."""
+        text = seal(self.model_dump(mode="json"))
+        file.write_text(text, encoding="utf-8")
+        return self.model_copy(update={"digest": json.loads(text)["digest"]})
 
     @classmethod
     def read(cls, file: Path, schema_version: int, again: str) -> Self:
@@ -35,20 +47,51 @@ class VersionedModel(StrictModel):
         name for what is truncated, of another version, or altered.
         """
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+            text = file.read_text(encoding="utf-8")
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise BundleError(f"{file} is truncated or no JSON ({error}); {again}") from None
+        except OSError as error:
+            raise BundleError(f"{file} cannot be read: {error.strerror}") from None
         version = data.get("schema_version") if isinstance(data, dict) else None
         if version != schema_version:
             raise BundleError(
                 f"{file} has schema version {version}, this version reads {schema_version}; {again}"
             )
         try:
-            return cls.model_validate(data)
+            read = cls.model_validate(data)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise BundleError(f"{file} is altered: {where}: {first['msg']}; {again}") from None
+        if len(read.digest) != 64 or _digest(text.replace(_field(read.digest), _field(""), 1)) != read.digest:
+            raise BundleError(f"{file} is altered: its sha256 is not its digest; {again}")
+        return read
+
+
+def seal(data: dict[str, Any]) -> str:
+    """The text of a manifest with these fields and its digest."""
+    text = json.dumps({"digest": ""} | data | {"digest": ""}, indent=1, ensure_ascii=False) + "\n"
+    return text.replace(_field(""), _field(_digest(text)), 1)
+
+
+def _field(digest: str) -> str:
+    return f'"digest": "{digest}"'
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _inside(name: str) -> str:
+    """A path that stays in its folder."""
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        raise ValueError(f"{name!r} is no path inside the bundle")
+    return name
+
+
+InsidePath = Annotated[str, AfterValidator(_inside)]
 
 
 class TensorInfo(StrictModel):
@@ -62,7 +105,7 @@ class TensorInfo(StrictModel):
 class GraphInfo(StrictModel):
     """One ONNX file of the bundle."""
 
-    file: str
+    file: InsidePath
     inputs: list[TensorInfo]
     outputs: list[TensorInfo]
 
@@ -159,8 +202,8 @@ class Manifest(VersionedModel):
     graphs: dict[str, GraphInfo]
     variants: dict[str, GraphInfo] = Field(default_factory=dict)
     tools: dict[str, str]
-    files: dict[str, FileInfo] = Field(default_factory=dict)
-    referenced: dict[str, str] = Field(default_factory=dict)
+    files: dict[InsidePath, FileInfo] = Field(default_factory=dict)
+    referenced: dict[InsidePath, str] = Field(default_factory=dict)
 
     @property
     def layout(self) -> TokenLayout:
@@ -190,9 +233,15 @@ class Manifest(VersionedModel):
         return sum(info.bytes for name, info in self.files.items() if name not in self.referenced)
 
     def verify(self, folder: Path) -> None:
-        """Check that every file is there, whole and unaltered; raises BundleError naming it."""
+        """Check that every file is there, whole, unaltered and inside; raises BundleError naming it."""
+        for graph in (*self.graphs.values(), *self.variants.values()):
+            if graph.file not in self.files:
+                raise BundleError(f"{folder / graph.file} has no hash in {MANIFEST}; export again")
+        root = folder.resolve()
         for name, info in self.files.items():
             file, again = folder / name, "export again"
+            if not file.resolve().is_relative_to(root):
+                raise BundleError(f"{file} is a link to a file outside of the bundle; export again")
             if name in self.referenced:
                 again = (
                     f"it is the model's own {self.referenced[name]} (--reference-weights), which was changed "

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 
 import typer
 
 from skipvision_export.cli import build, bundle_commands, calibrate, demo, finetune, model_commands, rewrite
-from skipvision_export.errors import SkipVisionError
+from skipvision_export.errors import RoomError, SkipVisionError
 
 app = typer.Typer(
     name="skipvision",
@@ -43,6 +44,8 @@ def main(args: list[str] | None = None) -> None:
 def run(args: list[str]) -> int:
     """Run the command line; returns the exit code."""
     try:
+        if "--help" not in args:
+            _check_limit()
         return int(app(args, standalone_mode=False) or 0)
     except SkipVisionError as error:
         return _fail(str(error), error.exit_code)
@@ -54,11 +57,49 @@ def run(args: list[str]) -> int:
         # typer's usage errors are of a class of its own, which older versions took from click.
         message = getattr(error, "format_message", None)
         if message is None:
+            if _out_of_memory(error):
+                return _fail(
+                    "out of memory: free some, lift the limit (ulimit -v), or take a smaller model", 2
+                )
             raise
         text = message()
         if not text.strip():  # a command without its arguments has already printed its help
             return 2
         return _fail(f"{text} Try --help.", 2)
+
+
+# What torch, ONNX Runtime and their libraries map before any work. With less, OpenBLAS tries again for ever.
+_LEAST = 1.25
+
+
+def _check_limit() -> None:
+    """Raise RoomError where the process may not even map its libraries."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limits
+        return
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0] / (1 << 30)
+    if 0 <= limit < _LEAST:
+        raise RoomError(
+            f"out of memory: this process may have {limit:.2f} GiB of addresses (ulimit -v), the libraries "
+            f"alone take {_LEAST} GiB; lift the limit"
+        )
+
+
+# As the loader, torch, ONNX Runtime and glibc say it, each in a class of its own.
+_NO_MEMORY = ("failed to map segment", "not enough memory", "can't allocate", "bad allocation", "bad_alloc")
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Is it, or what it came from, that memory ran out?"""
+    while error is not None:
+        text = str(error)
+        if isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY):
+            return True
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _fail(message: str, code: int) -> int:

@@ -27,6 +27,9 @@ from skipvision_export.config import SkipVisionConfig
 from skipvision_export.errors import BundleError, CheckFailed, ConfigError
 
 if TYPE_CHECKING:
+    from skipvision_export.benchmark.contenders import Prompt
+    from skipvision_export.models.loading import ModelSource
+    from skipvision_export.runtime.torch_reference import TorchReference
     from skipvision_export.validation import Gap
 
 DataOption = Annotated[
@@ -53,16 +56,26 @@ def validate(
     the precision gap in PyTorch and the backend gap in ONNX Runtime, as signal to noise: 40 dB or
     more for float16, 22 dB for bfloat16. So is a bundle with int4 weights: there the precision gap is
     reported, and the backend gap, activations in 8 bits, is 20 dB or more. Without --data the pictures
-    are random blocks. Exit 1 if a gap is over its limit.
+    are random blocks.
+
+    Then every layer is compared by itself on the first prompt, in prefill and in a step of decode: the
+    residual stream behind attention and FFN, K and V, logits, the vision tower's layers. The first tensor
+    that breaks is named with its module and nodes; or, if each is right alone, that rounding adds up.
+    Exit 1 if a gap or a layer is over its limit.
+
+    BUNDLE may be another exporter's decoder of MODEL, an .onnx file: its layers are found by structure and
+    compared with the model's, nothing skipped.
     """
-    from skipvision_export.benchmark.parity import measure_gaps, prompts_from, synthetic_prompts
+    from skipvision_export.benchmark.blame import compare_layers
+    from skipvision_export.benchmark.parity import measure_gaps
     from skipvision_export.exporter import source_hash
     from skipvision_export.models.loading import resolve_model
-    from skipvision_export.runtime.data import load_imagefolder
     from skipvision_export.runtime.pipeline import Bundle
     from skipvision_export.runtime.torch_reference import TorchReference
 
     progress = Progress()
+    if bundle.suffix == ".onnx":
+        return _validate_decoder(bundle, TorchReference(resolve_model(model, revision)), data, json)
     loaded = Bundle.load(bundle)
     source = resolve_model(model, revision)
     if source_hash(source) != loaded.manifest.source.sha256:
@@ -72,16 +85,18 @@ def validate(
         )
     progress("loading weights")
     reference = TorchReference(source)
-    if data is not None:
-        prompts = prompts_from(load_imagefolder(data, samples))
-    else:
-        size, family = source.family.vision_dims(source.config).image_size, source.family
-        wide = family.cropped or family.tiled or family.dynamic
-        prompts = synthetic_prompts(samples, size, wide)
+    prompts = _prompts(source, data, samples)
     report = measure_gaps(loaded, reference, prompts, max_new_tokens=max_new_tokens, progress=progress)
+    if loaded.manifest.model.merge_size is None:
+        progress("layer by layer")
+        report.by_layer = compare_layers(loaded, reference, prompts[0])
     progress("")
     for gap in report.gaps.values():
         print(gap_line(gap))
+    if report.by_layer is None:
+        print("layers    not run: a model that takes pictures of any shape is compared by its gaps alone")
+    else:
+        print(report.by_layer.line())
     finish(report.to_json(), json)
     failed = {name: gap.failures() for name, gap in report.gaps.items() if gap.failures()}
     if failed:
@@ -89,6 +104,31 @@ def validate(
         raise CheckFailed(
             f"{bundle} is not equal to {model}: over the limit: {', '.join(failed)} ({reasons})"
         )
+    if not report.passed:
+        raise CheckFailed(f"{bundle} is not equal to {model}: a layer breaks, see above")
+
+
+def _validate_decoder(file: Path, reference: TorchReference, data: Path | None, json: Path | None) -> None:
+    """The layers of a decoder that another program exported."""
+    from skipvision_export.benchmark.blame_decoder import compare_decoder
+
+    report = compare_decoder(file, reference, _prompts(reference.source, data, 1)[0])
+    print(report.line())
+    passed = report.verdict is None
+    finish({"passed": passed, "gaps": {}, "layers": [], **report.to_json()}, json)
+    if not passed:
+        raise CheckFailed(f"{file} is not equal to {reference.source.name}: a layer breaks, see above")
+
+
+def _prompts(source: ModelSource, data: Path | None, samples: int) -> list[Prompt]:
+    """Of a data folder, or pictures of random blocks."""
+    from skipvision_export.benchmark.parity import prompts_from, synthetic_prompts
+    from skipvision_export.runtime.data import load_imagefolder
+
+    if data is not None:
+        return prompts_from(load_imagefolder(data, samples))
+    size, family = source.family.vision_dims(source.config).image_size, source.family
+    return synthetic_prompts(samples, size, family.cropped or family.tiled or family.dynamic)
 
 
 def gap_line(gap: Gap) -> str:

@@ -62,7 +62,7 @@ class OthersDecoder:
         common.InlinePass()(self.model)
         token_input(self.model.graph)
         SplitNormPass()(self.model)
-        self.kv_names = _kv_names(self.model.graph)
+        self.kv_names = kv_names(self.model.graph)
         branches = find_ffns(self.model.graph)
         _check_layers(self.model.graph, branches, self.kv_names)
         for ffn in branches:
@@ -145,7 +145,7 @@ def _inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
     return inference.out_mp_  # type: ignore[no-any-return]
 
 
-def _kv_names(graph: ir.Graph) -> list[str]:
+def kv_names(graph: ir.Graph) -> list[str]:
     """Names of the K and V outputs, layer by layer; none where the graph gives no cache out."""
     found: dict[int, dict[str, str]] = {}
     for value in graph.outputs:

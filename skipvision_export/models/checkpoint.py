@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import operator
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from skipvision_export.errors import ModelError
 
@@ -92,8 +95,11 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
-        entries = {key: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for key, e in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        entries = {}
+        for key, entry in header.items():
+            begin, stop = map(operator.index, entry["data_offsets"])
+            entries[key] = str(entry["dtype"]), tuple(entry["shape"]), begin, stop
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ModelError(f"{file} is truncated or no safetensors file; download the model again") from None
     data = 8 + length
     end = data + max((entry[3] for entry in entries.values()), default=0)
@@ -106,6 +112,12 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
             raise ModelError(
                 f"weight {key} in {file} is of type {dtype}; expected one of {', '.join(_TYPES)}"
             )
+    try:
+        # Its own reader checks shapes and offsets against each other.
+        with safe_open(file, "numpy"):
+            pass
+    except SafetensorError as error:
+        raise ModelError(f"{file} contradicts itself ({error}); download the model again") from None
     return {
         key: StoredTensor(file, key, _TYPES.get(dtype, dtype), shape, data + begin, stop - begin)
         for key, (dtype, shape, begin, stop) in entries.items()

@@ -65,17 +65,33 @@ def resolve_model(model: str | Path, revision: str | None = None) -> ModelSource
         raise ModelError(f"{model} is no model: it has no config.json")
     try:
         raw = json.loads(config_file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ModelError(f"{config_file} is no readable JSON: {error}") from None
-    family = family_of(raw.get("architectures"), str(config_file))
+    named = raw.get("architectures") if isinstance(raw, dict) else None
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        named = None
+    family = family_of(named, str(config_file))
 
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder)
+        # Said outright: left open, transformers asks on the terminal whether to run a model's own code.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except MemoryError:
+        raise
     except Exception as error:  # transformers raises many kinds on a broken configuration
         raise ModelError(f"{config_file} cannot be used: {_first_line(error)}") from None
-    family.check(config)
+    try:
+        family.check(config)
+        # What everything else relies on: sizes that can be computed with.
+        family.decoder_dims(config)
+        family.visual_tokens(config)
+        family.image_token_id(config)
+    except (AttributeError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise ModelError(
+            f"{config_file} cannot be used: its values do not fit a model of family {family.name!r} "
+            f"({_first_line(error)})"
+        ) from None
     return ModelSource(folder, folder.resolve().name if folder == Path(model) else str(model), config, family)
 
 
@@ -157,7 +173,7 @@ def load_processor(folder: Path) -> Any:
     from skipvision_export.models.pictures import pictures_only
 
     try:
-        return (pictures_only(folder) or AutoProcessor).from_pretrained(folder)
+        return (pictures_only(folder) or AutoProcessor).from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds on a broken processor
         raise ModelError(f"the processor in {folder} cannot be loaded: {_first_line(error)}") from None
 

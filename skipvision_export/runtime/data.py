@@ -73,7 +73,7 @@ def read_imagefolder(folder: Path, limit: int | None = None) -> tuple[list[Sampl
             continue
         try:
             samples.append(_sample(folder, line, number))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             broken.append(Broken(number, str(error)))
         if limit is not None and len(samples) + len(broken) >= limit:
             break
@@ -131,10 +131,17 @@ def _sample(folder: Path, line: str, number: int) -> Sample:
         raise ValueError("no JSON object; expected file_name, question and answer")
     images = tuple(folder / name for name in _file_names(row))
     for image in images:
-        if not image.is_file():
+        if not _is_file(image):
             raise ValueError(f"picture {image} does not exist")
     kind = row.get("type", "all")
     return Sample(images, _text(row, "question"), _text(row, "answer"), str(kind), number)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

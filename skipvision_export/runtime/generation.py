@@ -186,10 +186,10 @@ class Generator:
         """The same, and [B, K], which of the positions that stay count."""
         if isinstance(prompts, np.ndarray):
             prompts = PromptBatch(prompts, np.zeros(len(prompts), np.int64))
-        feeds, kept = self._feeds(prompts, features)
+        feeds, kept = self.prefill_feeds(prompts, features)
         return self.backend.run(PREFILL, feeds), kept
 
-    def _feeds(self, prompts: PromptBatch, features: Any) -> tuple[dict[str, Any], Flags]:
+    def prefill_feeds(self, prompts: PromptBatch, features: Any) -> tuple[dict[str, Any], Flags]:
         """Inputs of a prefill without a cache before it, and [B, K], which of the kept positions count."""
         layouts: Layouts = self.layout
         positions = prompts.positions
@@ -295,7 +295,7 @@ class Generator:
 
     def append(self, prompt: PromptBatch, features: Any, before: Before) -> tuple[dict[str, Any], Flags]:
         """The outputs of prefill for one more part of a prompt, and [1, K], which of its positions count."""
-        feeds, counts = self._feeds(prompt, features)
+        feeds, counts = self.prefill_feeds(prompt, features)
         cached = before.cached
         feeds["attention_mask"] = np.ones((1, cached + prompt.input_ids.shape[1]), np.int64)
         feeds["position_ids"] = feeds["position_ids"] + before.positions

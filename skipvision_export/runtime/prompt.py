@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,9 +50,11 @@ def load_image(image: Picture) -> Image.Image:
     if not file.is_file():
         raise InputError(f"picture {file} does not exist")
     try:
-        with Image.open(file) as picture:
-            return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it says of a broken file ends in the error, if in one
+            with Image.open(file) as picture:
+                return picture.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise many kinds on broken files
         raise InputError(f"picture {file} is truncated or no picture ({error})") from None
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from skipvision_export.errors import BundleError
+
 
 class SharedWeights:
     """Maps of data files, from which sessions take their weights as they lie there.
@@ -38,6 +40,11 @@ class SharedWeights:
 
     def _value(self, folder: Path, tensor: onnx.TensorProto) -> ort.OrtValue:
         where = {entry.key: entry.value for entry in tensor.external_data}
+        if Path(where["location"]).name != where["location"]:
+            raise BundleError(
+                f"{folder} holds a graph whose weight {tensor.name} lies in {where['location']!r}, outside "
+                "of its folder; export again"
+            )
         file, offset, shape = folder / where["location"], int(where["offset"]), tuple(tensor.dims)
         key = (file, offset, tensor.data_type, shape)
         if key not in self._values:

@@ -81,6 +81,7 @@ class TorchReference:
         keep_kv: bool = False,
         keep_features: bool = False,
         features: np.ndarray | None = None,
+        min_new_tokens: int = 0,
     ) -> tuple[Transcript, SkipVisionState | None]:
         """Generate greedily, dense or under `apply_skip_vision(config)`.
 
@@ -119,6 +120,7 @@ class TorchReference:
                 attention_mask=torch.ones_like(ids),
                 **given,
                 max_new_tokens=max_new_tokens,
+                min_new_tokens=min_new_tokens,
                 do_sample=False,
                 eos_token_id=list(self.eos) or None,
                 pad_token_id=self.eos[0] if self.eos else 0,

@@ -151,7 +151,7 @@ def build(
             recipe=recipe.model_dump(mode="json"),
             engines=engines,
         )
-        (folder / ENGINES).write_text(made.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        made = made.write(folder / ENGINES)
     return made
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from skipvision_export.bundle import StrictModel, VersionedModel, sha256_of
+from skipvision_export.bundle import InsidePath, StrictModel, VersionedModel, sha256_of
 from skipvision_export.errors import BundleError
 
 ENGINES = "engines.json"
@@ -23,7 +23,7 @@ class EngineTensor(StrictModel):
 class EngineInfo(StrictModel):
     """One engine. profiles: for each, the [min, opt, max] shape of each input; seconds: of the build."""
 
-    file: str
+    file: InsidePath
     bytes: int
     sha256: str
     seconds: float

@@ -76,7 +76,7 @@ class Recipe(StrictModel):
             data = tomllib.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"recipe {file} cannot be read: {error.strerror}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"recipe {file} is no TOML: {error}") from None
         try:
             recipe = cls.model_validate(data)

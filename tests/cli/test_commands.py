@@ -122,7 +122,7 @@ def test_validate(tiny_folder, bundle_folder, tmp_path):
 
 
 def test_validate_fails_on_a_broken_bundle(tiny_folder, bundle_folder, tmp_path, capsys):
-    from skipvision_export.bundle.manifest import MANIFEST, file_table
+    from skipvision_export.bundle.manifest import MANIFEST, file_table, seal
 
     twin = shutil.copytree(bundle_folder, tmp_path / "twin")
     data = twin / "onnx" / "decoder.onnx_data"
@@ -131,7 +131,7 @@ def test_validate_fails_on_a_broken_bundle(tiny_folder, bundle_folder, tmp_path,
     weights.tofile(data)
     manifest = json.loads((twin / MANIFEST).read_text())
     manifest["files"] = {name: info.model_dump() for name, info in file_table(twin).items()}
-    (twin / MANIFEST).write_text(json.dumps(manifest))
+    (twin / MANIFEST).write_text(seal(manifest))
     assert run(["validate", str(twin), "--model", str(tiny_folder), "--samples", "1"]) == 1
     assert "over the limit: export, rewrite" in capsys.readouterr().err
 

@@ -246,7 +246,12 @@ def truncate(file, size):
     file.write_bytes(file.read_bytes()[:size])
 
 
+def renumber(file, field, number):
+    file.write_text(re.sub(rf'("{field}": )\d+', rf"\g<1>{number}", file.read_text(), count=1))
+
+
 DAMAGES = {
+    "changed number": (lambda b: renumber(b / "skipvision.json", "image_token_id", 7), "digest"),
     "no manifest": (lambda b: (b / "skipvision.json").unlink(), "no skipvision.json"),
     "truncated manifest": (lambda b: truncate(b / "skipvision.json", 99), "truncated or no JSON"),
     "missing field": (lambda b: alter(b, lambda m: m["model"].pop("num_layers")), "model.num_layers"),

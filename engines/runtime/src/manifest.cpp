@@ -47,6 +47,16 @@ void check_schema(const Field& root, int expected, const std::string& again) {
               "; " + again);
 }
 
+void check_digest(const Field& root, std::string text, const std::string& again) {
+  std::string digest = root.at("digest").text();
+  auto written = [](const std::string& each) { return "\"digest\": \"" + each + "\""; };
+  auto at = text.find(written(digest));
+  if (digest.empty() || at == std::string::npos) root.at("digest").fail("is altered; " + again);
+  text.replace(at, written(digest).size(), written(""));
+  if (sha256_of_text(text) != digest)
+    root.at("digest").fail("is not the sha256 of the file, which is altered; " + again);
+}
+
 std::filesystem::path inside_path(const Field& field, const std::string& path) {
   std::filesystem::path file = path;
   bool climbs = std::find(file.begin(), file.end(), "..") != file.end();
@@ -92,7 +102,11 @@ Manifest Manifest::load(const std::filesystem::path& folder) {
   auto file = folder / kManifestFile;
   if (!std::filesystem::is_regular_file(file, ignored))
     throw Error(folder.string() + " is no bundle: it has no " + kManifestFile);
-  return parse(Document(file, kAgain));
+  std::string text = read_file(file);
+  Document document(text, file.string(), kAgain);
+  Manifest manifest = parse(document);
+  check_digest(document.root(), text, kAgain);
+  return manifest;
 }
 
 Manifest Manifest::parse(const Document& document) {

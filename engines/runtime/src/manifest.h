@@ -49,6 +49,8 @@ struct FileInfo {
 
 /// Throws Error unless `root.schema_version` is the one that this version reads.
 void check_schema(const Field& root, int expected, const std::string& again);
+/// Throws Error unless `root.digest` is the hash of `text`, the whole file, with an empty digest.
+void check_digest(const Field& root, std::string text, const std::string& again);
 /// `path`, which stays inside the manifest's folder; `field` stands in errors.
 std::filesystem::path inside_path(const Field& field, const std::string& path);
 std::vector<TensorInfo> read_tensors(const Field& list);

@@ -3,6 +3,8 @@
 #include <array>
 #include <cstdint>
 #include <fstream>
+#include <sstream>
+#include <string>
 #include <vector>
 
 #include "skipvision/skipvision.h"
@@ -46,11 +48,7 @@ void absorb(State& state, const std::uint8_t* block) {
   for (int i = 0; i < 8; ++i) state[i] += s[i];
 }
 
-}  // namespace
-
-std::string sha256_of(const std::filesystem::path& file) {
-  std::ifstream stream(file, std::ios::binary);
-  if (!stream) throw Error(file.string() + " cannot be read");
+std::string digest_of(std::istream& stream, const std::string& name) {
   State state = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
                  0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
   std::vector<std::uint8_t> buffer(1 << 20);
@@ -59,7 +57,7 @@ std::string sha256_of(const std::filesystem::path& file) {
   while (!last) {
     stream.read(reinterpret_cast<char*>(buffer.data()), 1 << 20);
     std::size_t size = static_cast<std::size_t>(stream.gcount());
-    if (stream.bad()) throw Error(file.string() + " cannot be read");
+    if (stream.bad()) throw Error(name + " cannot be read");
     total += size;
     last = size < (1 << 20);
     if (last) {
@@ -77,6 +75,19 @@ std::string sha256_of(const std::filesystem::path& file) {
   for (std::uint32_t word : state)
     for (int shift = 28; shift >= 0; shift -= 4) text += digits[word >> shift & 15];
   return text;
+}
+
+}  // namespace
+
+std::string sha256_of(const std::filesystem::path& file) {
+  std::ifstream stream(file, std::ios::binary);
+  if (!stream) throw Error(file.string() + " cannot be read");
+  return digest_of(stream, file.string());
+}
+
+std::string sha256_of_text(const std::string& text) {
+  std::istringstream stream(text);
+  return digest_of(stream, "text");
 }
 
 }  // namespace skipvision

@@ -128,7 +128,8 @@ EnginesManifest EnginesManifest::load(const std::filesystem::path& folder,
   if (!std::filesystem::is_regular_file(folder / kFile, ignored))
     throw Error(folder.string() + " holds no engines: it has no " + kFile +
                 "; run `skipvision build`");
-  Document document(folder / kFile, kAgain);
+  std::string text = read_file(folder / kFile);
+  Document document(text, (folder / kFile).string(), kAgain);
   Field root = document.root();
   check_schema(root, kSchemaVersion, kAgain);
   check_route(root);
@@ -142,6 +143,7 @@ EnginesManifest EnginesManifest::load(const std::filesystem::path& folder,
   manifest.holds_plugin = recipe.at("plugin").flag_or("serialize", false);
   for (const auto& [graph, field] : root.at("engines").members())
     manifest.engines[graph] = read_engine(graph, field);
+  check_digest(root, text, kAgain);
   return manifest;
 }
 

@@ -1,0 +1,398 @@
+"""Layer by layer: patched PyTorch and a bundle's graphs, each part alone and all in a chain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from skipvision_export.benchmark.contenders import Contenders, Prompt
+from skipvision_export.graph.passes.names import (
+    DECODE,
+    EMBED,
+    IMAGE_FEATURES,
+    ONNXRUNTIME,
+    PREFILL,
+    RASTER_FEATURES,
+    VISION,
+    past_name,
+    present_names,
+)
+from skipvision_export.graph.passes.regions import is_product, module_path
+from skipvision_export.graph.taps import Tap, leaving, module_taps
+from skipvision_export.runtime.batch import PromptBatch
+from skipvision_export.runtime.generation import Transcript
+from skipvision_export.runtime.pipeline import Bundle
+from skipvision_export.runtime.prompt import PromptInputs
+from skipvision_export.runtime.tapped import TappedGraph
+from skipvision_export.runtime.torch_reference import TorchReference
+from skipvision_export.runtime.torch_taps import Call, TorchTaps
+from skipvision_export.validation import tensor_gap
+from skipvision_export.validation.blame import ALONE_DB, Point, Verdict, blame, point, same_rows
+
+Array = npt.NDArray[Any]
+STEPS = 2  # prefill and one step of decode
+# Shapes are no reason for anything: of the nodes that may be at fault these are named first.
+_TELLING = (
+    "Attention",
+    "GroupQueryAttention",
+    "RotaryEmbedding",
+    "RMSNormalization",
+    "LayerNormalization",
+    "Conv",
+    "KVPrune",
+)
+
+
+@dataclass
+class LayerReport:
+    """Every tensor compared, in order, and the first at fault; module and nodes are those behind it."""
+
+    points: list[Point]
+    verdict: Verdict | None
+    module: str = ""
+    nodes: list[str] = field(default_factory=list)
+
+    def prefill(self) -> dict[str, Point]:
+        """Points of the prefill graph, by name."""
+        return {point.name: point for point in self.points if point.graph == PREFILL}
+
+    def to_json(self) -> dict[str, Any]:
+        """`tensors`, all of them, and `blame`, None where nothing is at fault."""
+        blamed = None
+        if self.verdict is not None:
+            blamed = {
+                **self.verdict.point.to_json(),
+                "kind": self.verdict.kind,
+                "shared": self.verdict.shared,
+                "limit_db": self.verdict.limit_db,
+                "module": self.module,
+                "nodes": self.nodes,
+                "try": self.advice(),
+            }
+        return {"tensors": [point.to_json() for point in self.points], "blame": blamed}
+
+    def line(self) -> str:
+        """The verdict in words."""
+        if self.verdict is None:
+            return "layers    ok      no tensor of any layer is over its limit"
+        at, gap = self.verdict.point, self.verdict.point.alone
+        if self.verdict.kind == "rounding":
+            return (
+                f"layers    FAILED  {at.name} of {at.graph}: {at.chained.sqnr_db:.1f} dB (limit "
+                f"{self.verdict.limit_db:.0f}); no layer breaks by itself, rounding adds up: {self.advice()}"
+            )
+        behind = f" in {self.module}" if self.module else ""
+        nodes = f" (node {', '.join(self.nodes)})" if self.nodes else ""
+        return (
+            f"layers    FAILED  {at.name} of {at.graph} breaks: {gap.sqnr_db:.1f} dB (limit "
+            f"{self.verdict.limit_db:.0f}) though all before it is right{behind}{nodes}: {self.advice()}"
+        )
+
+    def advice(self) -> str:
+        """What to try."""
+        assert self.verdict is not None
+        at = self.verdict.point
+        if self.verdict.kind == "rounding":
+            return "compute in float32, or in bfloat16 instead of float16, and look which layer loses most"
+        if self.verdict.shared:
+            return "every layer breaks alike: look at positions, the rotary embedding and the mask"
+        if at.graph == VISION:
+            return {
+                IMAGE_FEATURES: "look at the choice and the merging of tokens, and at the summary's weights",
+                RASTER_FEATURES: "look at the projector's weights, and at which rows of the tower it reads",
+            }.get(at.name, "compare this layer's weights, epsilon and attention with the checkpoint's")
+        if at.graph == EMBED:
+            return "look at the placeholders' id, their number, and the order of the features"
+        if at.name == "logits":
+            return "look at the last norm, at lm_head (is it tied?), and at the row that is read"
+        if at.name.endswith((".key", ".value")):
+            return (
+                "look at this layer's first norm, k_proj and v_proj, its positions, and which rows are kept"
+            )
+        if at.name.endswith(".ffn"):
+            return "look at this layer's FFN: norm, epsilon, weights, activation, which rows go through it"
+        return "look at this layer's attention: q_proj and o_proj, the order of heads, scale and mask"
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What the model computed on one prompt, layer by layer, patched as a bundle is."""
+
+    done: Transcript
+    taps: TorchTaps
+    placed: PromptInputs
+
+
+def record(bundle: Bundle, reference: TorchReference, prompt: Prompt) -> Recorded:
+    """Run the patched model; reference: with the numbers that the bundle computes with."""
+    given = reference.prepare(prompt.image, prompt.question)
+    with TorchTaps(reference.model, reference.source.family) as taps:
+        done, _ = reference.run(
+            given, STEPS, bundle.config, keep_kv=True, keep_features=True, min_new_tokens=STEPS
+        )
+    return Recorded(done, taps, bundle.prepare(prompt.image, prompt.question))
+
+
+def compare_layers(bundle: Bundle, reference: TorchReference, prompt: Prompt) -> LayerReport:
+    """Compare every layer on one prompt, in prefill and one step of decode, and name the first at fault.
+
+    Each part is computed alone, from the reference's own values, and in the chain from the picture on. A
+    bundle of a half type, or with int4 weights, is compared with the model's weights rounded: its graphs
+    widened to float32 first, as in the rewrite gap, then float16 as it runs.
+    Raises PassError where the graphs' layers are not those of the model.
+    """
+    with Contenders(bundle, reference, STEPS) as contenders:
+        recorded = record(bundle, contenders.rounded, prompt)
+        report = judge(contenders.wide, recorded)
+        if report.verdict is None and bundle.manifest.dtype == "float16" and bundle.manifest.weights is None:
+            report = judge(bundle, recorded)
+        return report
+
+
+def judge(bundle: Bundle, recorded: Recorded) -> LayerReport:
+    """Compare a bundle with what was recorded, within the limits of its type; raises as `compare_layers`."""
+    return _Comparison(bundle, recorded).report()
+
+
+def residual_stream(taps: TorchTaps, call: Call) -> dict[str, Array]:
+    """The residual stream behind attention and FFN of each layer, [B, S, D]."""
+    behind = [*taps.decoder_layers[1:], taps.last_norm]
+    found = {}
+    for i, (ffn, after) in enumerate(zip(taps.ffns, behind, strict=True)):
+        found[f"layers.{i}.attention"] = call.entered[ffn]
+        found[f"layers.{i}.ffn"] = call.entered[after]
+    return found
+
+
+class _Comparison:
+    def __init__(self, bundle: Bundle, recorded: Recorded) -> None:
+        self.bundle = bundle
+        self.done, self.taps, self.placed = recorded.done, recorded.taps, recorded.placed
+        self.points: list[Point] = []
+        self._behind: dict[tuple[str, str], Callable[[], tuple[str, list[str]]]] = {}
+        info = self.bundle.manifest
+        self._files = {
+            name: self.bundle.folder / graph.file for name, graph in (info.graphs | info.variants).items()
+        }
+        self._present = present_names("present", info.model.num_layers)
+
+    def report(self) -> LayerReport:
+        """Run all graphs and judge."""
+        features = self._vision()
+        assert self.done.laid is not None
+        laid = self.done.laid.reshape(features.shape)
+        feeds, kept = self.bundle.generator.prefill_feeds(
+            PromptBatch(self.placed.input_ids, np.zeros(1, np.int64)), laid
+        )
+        embeds = self._embed(laid, features)
+        cache = self._prefill(feeds, embeds)
+        self._decode(cache, kept)
+        verdict = blame(self.points, self.bundle.manifest.dtype)
+        if verdict is None or verdict.kind == "rounding":
+            return LayerReport(self.points, verdict)
+        at = verdict.point
+        module, nodes = self._behind[at.graph, at.name]() if not verdict.shared else ("", [])
+        return LayerReport(self.points, verdict, module, nodes)
+
+    # -- graphs ----------------------------------------------------------------------------------
+
+    def _vision(self) -> Array:
+        """Compare the vision encoder; returns its features in the chain."""
+        call, paths = self.taps.vision, self.taps.vision_layers
+        expected = {f"vision.layers.{i}": call.left[path] for i, path in enumerate(paths)}
+
+        def find(graph: ir.Graph) -> list[Tap]:
+            taps = [Tap(f"vision.layers.{i}", leaving(graph, path)) for i, path in enumerate(paths)]
+            raster = next((v for n in graph for v in n.outputs if v.name == RASTER_FEATURES), None)
+            return [*taps, *([Tap(RASTER_FEATURES, raster)] if raster is not None else [])]
+
+        tapped = self._tapped(VISION, find)
+        assert isinstance(self.placed.pixel_values, np.ndarray)
+        assert self.done.raster is not None and self.done.laid is not None
+        expected |= {RASTER_FEATURES: self.done.raster, IMAGE_FEATURES: self.done.laid}
+        scopes: dict[str, tuple[str, ...]] = {
+            name: (path,) for name, path in zip(expected, paths, strict=False)
+        }
+        scopes[RASTER_FEATURES] = scopes[IMAGE_FEATURES] = ("projector",)
+        chained = self._compare(
+            tapped, VISION, {"pixel_values": self.placed.pixel_values}, None, expected, call, scopes
+        )
+        return chained[IMAGE_FEATURES]
+
+    def _embed(self, laid: Array, features: Array) -> Array:
+        """Compare embeddings; returns those in the chain."""
+        tapped = self._tapped(EMBED, lambda graph: [])
+        feeds = {"input_ids": self.placed.input_ids, "image_features": laid}
+        expected = {"inputs_embeds": self.taps.steps[0].entered["inputs_embeds"]}
+        chain = feeds | {"image_features": features}
+        chained = self._compare(tapped, EMBED, feeds, chain, expected, self.taps.steps[0], {})
+        return chained["inputs_embeds"]
+
+    def _prefill(self, feeds: dict[str, Array], embeds: Array) -> dict[str, Array]:
+        """Compare each form of prefill; returns K and V in the chain, of the form that ONNX Runtime runs."""
+        call = self.taps.steps[0]
+        expected = residual_stream(self.taps, call)
+        expected |= {name: kv[None] for name, kv in zip(self._present, self.done.kv, strict=True)}
+        expected["logits"] = self.done.logits[0]
+        given = feeds | {"inputs_embeds": call.entered["inputs_embeds"]}
+        chained: dict[str, Array] = {}
+        for graph in self._forms(PREFILL):
+            tapped = self._tapped(graph, lambda each: self._decoder_taps(each, call))
+            chain = feeds | {"inputs_embeds": embeds}
+            chained = self._compare(tapped, graph, given, chain, expected, call, self._scopes())
+        return {name: chained[name] for name in self._present}
+
+    def _decode(self, cache: dict[str, Array], kept: Array) -> None:
+        """Compare each form of decode, on the cache that the reference's prefill left, and on the chain's."""
+        call, generator = self.taps.steps[1], self.bundle.generator
+        cached = self.done.kv_tokens_after_prefill
+        expected = residual_stream(self.taps, call)
+        layers = self.taps.cache.layers
+        for i, layer in enumerate(layers):
+            for kind, tensor in (("key", layer.keys), ("value", layer.values)):
+                expected[f"present.{i}.{kind}"] = tensor[:, :, cached : cached + 1].float().numpy()
+        expected["logits"] = self.done.logits[1]
+        token = np.array([[self.done.token_ids[0]]], np.int64)
+        feeds = {
+            "attention_mask": np.ones((1, cached + 1), np.int64),
+            "position_ids": np.array([[self.done.prompt_tokens]], np.int64),
+        }
+        own = np.asarray(generator.backend.numpy(generator.embed(token)))
+        given = {name: kv[None] for name, kv in zip(self._present, self.done.kv, strict=True)}
+        cache = {name: array[:, :, kept[0]] for name, array in cache.items()}
+        for graph in self._forms(DECODE):
+            # A form over one buffer needs room for the new position, and gives the buffer out.
+            room = int(graph != DECODE)
+
+            def past(arrays: dict[str, Array], room: int = room) -> dict[str, Array]:
+                pads = ((0, 0), (0, 0), (0, room), (0, 0))
+                return {past_name(name): np.pad(array, pads) for name, array in arrays.items()}
+
+            tapped = self._tapped(graph, lambda each: self._decoder_taps(each, call))
+            alone = feeds | past(given) | {"inputs_embeds": call.entered["inputs_embeds"]}
+            chain = feeds | past(cache) | {"inputs_embeds": own}
+            self._compare(tapped, graph, alone, chain, expected, call, self._scopes(), new=cached)
+
+    # -- parts -----------------------------------------------------------------------------------
+
+    def _forms(self, graph: str) -> list[str]:
+        """The graph, and its form for ONNX Runtime where there is one."""
+        return [name for name in (graph, f"{graph}.{ONNXRUNTIME}") if name in self._files]
+
+    def _tapped(self, graph: str, find: Callable[[ir.Graph], Sequence[Tap]]) -> TappedGraph:
+        return TappedGraph(self._files[graph], find, self.bundle.backend.providers)
+
+    def _decoder_taps(self, graph: ir.Graph, call: Call) -> list[Tap]:
+        first = [call.first_of(layer) for layer in self.taps.decoder_layers]
+        behind = [*first[1:], self.taps.last_norm]
+        places = [
+            place
+            for i, (ffn, after) in enumerate(zip(self.taps.ffns, behind, strict=True))
+            for place in ((f"layers.{i}.attention", ffn), (f"layers.{i}.ffn", after))
+        ]
+        return module_taps(graph, places)
+
+    def _scopes(self) -> dict[str, tuple[str, ...]]:
+        """Which modules may be behind each tensor."""
+        found: dict[str, tuple[str, ...]] = {"logits": (self.taps.last_norm, "head")}
+        for i, path in enumerate(self.taps.decoder_layers):
+            names = (f"present.{i}.key", f"present.{i}.value", f"layers.{i}.attention", f"layers.{i}.ffn")
+            found |= dict.fromkeys(names, (path,))
+        return found
+
+    def _compare(
+        self,
+        tapped: TappedGraph,
+        graph: str,
+        feeds: dict[str, Array],
+        chain: dict[str, Array] | None,
+        expected: dict[str, Array],
+        call: Call,
+        scopes: dict[str, tuple[str, ...]],
+        new: int = 0,
+    ) -> dict[str, Array]:
+        """Points of one graph; new: the first position of K and V that it computed itself."""
+        chained = tapped.run(feeds if chain is None else chain)
+        given = {name: same_rows(expected[name], chained[name]) for name in tapped.names}
+        alone, _ = tapped.from_given(feeds, given)
+        for name in sorted((name for name in expected if name in alone), key=place):
+            rows = (
+                {
+                    side: out[name][:, :, new : new + 1]
+                    for side, out in (("alone", alone), ("chained", chained))
+                }
+                if new and name.startswith("present.")
+                else {"alone": alone[name], "chained": chained[name]}
+            )
+            self.points.append(point(graph, name, expected[name], **rows))
+            self._behind[graph, name] = partial(
+                self._zoom, tapped, feeds, given, call, scopes.get(name, ()), name
+            )
+        return chained
+
+    def _zoom(
+        self,
+        tapped: TappedGraph,
+        feeds: dict[str, Array],
+        given: dict[str, Array],
+        call: Call,
+        scopes: tuple[str, ...],
+        name: str,
+    ) -> tuple[str, list[str]]:
+        """The first module whose result is nowhere in the graph's part, and the nodes that compute it."""
+
+        def inside(node: ir.Node) -> bool:
+            path = module_path(node)
+            return any(path == scope or path.startswith(f"{scope}.") for scope in scopes)
+
+        values = tapped.from_given(feeds, given, inside)[1]
+        nodes = [node for node in tapped.nodes() if inside(node)]
+        steps = [step for step in call.checkpoints if _within(step[0], scopes)]
+        ffn = next((path for path in self.taps.ffns if _within(path, scopes)), None)
+        at = next((i for i, step in enumerate(steps) if step[0] == ffn), len(steps))
+        limit = ALONE_DB[self.bundle.manifest.dtype]
+        steps = steps[at:] if name.endswith(".ffn") else steps[:at]
+        for path, kind, array in steps:
+            if not any(_matches(array, value, limit) for _, _, value in values):
+                if kind == "input":  # between modules: the last of the nodes in the one around them
+                    module = path.rpartition(".")[0]
+                    return module, _named([node for node in nodes if module_path(node) == module][::-1])
+                # Projections that are packed as one stand in the module of the first.
+                own = [node for node in nodes if module_path(node) == path]
+                return path, _named(own or [node for node in nodes if is_product(node)])
+        return ", ".join(scopes[:1]), _named(tapped.behind(name))
+
+
+def _within(path: str, scopes: Sequence[str]) -> bool:
+    return any(path == scope or path.startswith(f"{scope}.") for scope in scopes)
+
+
+def _matches(expected: Array, actual: Array, limit: float) -> bool:
+    """Do they hold the same numbers, or one of them the last row of the other?"""
+    if expected.size != actual.size and expected.ndim >= 2:
+        expected = expected[..., -1:, :]
+    if expected.size != actual.size:
+        return False
+    return tensor_gap(expected.ravel(), actual.ravel()).sqnr_db >= limit
+
+
+def _named(nodes: Sequence[ir.Node]) -> list[str]:
+    """Names of the nodes that tell most."""
+    telling = [node for node in nodes if is_product(node) or node.op_type in _TELLING]
+    return [str(node.name) for node in (telling or nodes)[:3]]
+
+
+def place(name: str) -> tuple[int, int]:
+    """Where a tensor stands in the order of computation."""
+    parts = name.split(".")
+    layer = next((int(part) for part in parts if part.isdigit()), None)
+    ends = {IMAGE_FEATURES: 2, RASTER_FEATURES: 1}
+    if layer is None:
+        return 1 << 30, ends.get(name, 3)
+    return layer, {"key": 0, "value": 1, "attention": 2, "ffn": 3}.get(parts[-1], 0)
