@@ -51,6 +51,11 @@ def compare_decoder(
     prompt without a picture. Raises ModelError for what is no ONNX file, PassError where no layers are found
     or their number is not the model's.
     """
+    if reference.source.family.dynamic:
+        raise ModelError(
+            f"positions of {reference.source.family.name} have three axes, and others' decoders are fed one; "
+            "export the model here to compare it"
+        )
     graph = read(file).graph
     takes_ids = token_input(graph).name == TOKEN_INPUTS[1]
     names = kv_names(graph)

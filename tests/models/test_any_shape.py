@@ -302,6 +302,7 @@ def test_commands(subject, capsys, tmp_path):
         in (capsys.readouterr().out)
     )
     assert run(["validate", str(out), "--model", str(model), "--samples", "2", "--max-new-tokens", "4"]) == 0
+    assert "layers    not run" in capsys.readouterr().out
     for batch in ("1", "3"):
         assert run(["evaluate", str(out), "--data", str(data), "--batch", batch]) == 0
     assert run(["evaluate", str(model), "--data", str(data), "--preset", "skip-50", "--limit", "3"]) == 0
@@ -327,6 +328,8 @@ def test_what_does_not_fit_is_refused(subject, capsys, tmp_path):
         plan(skip, Recipe(precision=("float32",)))
     calibrate = ("calibrate", model, "--data", data, "-o", tmp_path / "new.json", "--flops", "0.8")
     assert "calibration is for models with one crop" in refused(capsys, *calibrate)
+    decoder = skip / "onnx" / "decoder_prefill.onnx"
+    assert "have three axes" in refused(capsys, "validate", decoder, "--model", model)
     finetune = ("finetune", model, "--data", data, "-o", tmp_path / "tuned", "--preset", "quarter")
     assert "training of" in refused(capsys, *finetune)
 
