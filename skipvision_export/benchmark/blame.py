@@ -151,7 +151,6 @@ class _Comparison:
             return [*taps, *([Tap(RASTER_FEATURES, raster)] if raster is not None else [])]
 
         tapped = self._tapped(VISION, find)
-        assert isinstance(self.placed.pixel_values, np.ndarray)
         assert self.done.raster is not None and self.done.laid is not None
         expected |= {RASTER_FEATURES: self.done.raster, IMAGE_FEATURES: self.done.laid}
         scopes: dict[str, tuple[str, ...]] = {

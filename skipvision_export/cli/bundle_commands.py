@@ -87,16 +87,12 @@ def validate(
     reference = TorchReference(source)
     prompts = _prompts(source, data, samples)
     report = measure_gaps(loaded, reference, prompts, max_new_tokens=max_new_tokens, progress=progress)
-    if loaded.manifest.model.merge_size is None:
-        progress("layer by layer")
-        report.by_layer = compare_layers(loaded, reference, prompts[0])
+    progress("layer by layer")
+    report.by_layer = compare_layers(loaded, reference, prompts[0])
     progress("")
     for gap in report.gaps.values():
         print(gap_line(gap))
-    if report.by_layer is None:
-        print("layers    not run: a model that takes pictures of any shape is compared by its gaps alone")
-    else:
-        print(report.by_layer.line())
+    print(report.by_layer.line())
     finish(report.to_json(), json)
     failed = {name: gap.failures() for name, gap in report.gaps.items() if gap.failures()}
     if failed:

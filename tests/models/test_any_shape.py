@@ -302,7 +302,7 @@ def test_commands(subject, capsys, tmp_path):
         in (capsys.readouterr().out)
     )
     assert run(["validate", str(out), "--model", str(model), "--samples", "2", "--max-new-tokens", "4"]) == 0
-    assert "layers    not run" in capsys.readouterr().out
+    assert "layers    ok" in capsys.readouterr().out
     for batch in ("1", "3"):
         assert run(["evaluate", str(out), "--data", str(data), "--batch", batch]) == 0
     assert run(["evaluate", str(model), "--data", str(data), "--preset", "skip-50", "--limit", "3"]) == 0
