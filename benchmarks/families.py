@@ -26,6 +26,12 @@ from family_check import LIMIT, PARITY, Subject
 STEPS = 13  # one of prefill, twelve of decode
 
 
+def _pictures(family: Any) -> str:
+    """How a picture comes to the decoder."""
+    kinds = {"any shape": family.dynamic, "tiles": family.tiled, "crops": family.cropped}
+    return next((kind for kind, so in kinds.items() if so), "whole")
+
+
 def check(name: str, folder: Path) -> dict[str, Any]:
     """One row of the table: largest absolute differences, each against its limit."""
     subject = Subject.make(FAMILIES[name], folder)
@@ -44,7 +50,7 @@ def check(name: str, folder: Path) -> dict[str, Any]:
         "architecture": source.architecture,
         "text_model": source.config.text_config.model_type,
         "vision_tower": source.config.vision_config.model_type,
-        "pictures": "tiles" if source.family.tiled else "crops" if source.family.cropped else "whole",
+        "pictures": _pictures(source.family),
         "sees": source.family.sees,
         "preset": subject.skip.config.name,
         "passed": all(report.passed for report in reports.values()),
