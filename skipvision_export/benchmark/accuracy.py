@@ -48,12 +48,41 @@ def evaluate(answer: Answerer, samples: Sequence[Sample], progress: Progress = l
             progress(f"question {i + 1} of {len(samples)}")
         answers.append(text)
         right.append(normalize(answers[-1]) == normalize(sample.answer))
-    types = sorted({sample.type for sample in samples})
-    by_type = {
-        kind: float(np.mean([r for r, s in zip(right, samples, strict=True) if s.type == kind]))
-        for kind in types
+    return Accuracy(float(np.mean(right)), len(samples), _by_type(right, samples), answers)
+
+
+@dataclass(frozen=True)
+class Loyalty:
+    """Share of answers that equal another one's, right or wrong; by_type: for each type of question.
+
+    other: how often that one is right.
+    """
+
+    share: float
+    by_type: dict[str, float]
+    other: Accuracy
+
+    def to_json(self) -> dict[str, Any]:
+        """`loyalty`, `loyalty_by_type` and the other's accuracy as `against`."""
+        return {
+            "loyalty": self.share,
+            "loyalty_by_type": self.by_type,
+            "against": self.other.to_json(),
+        }
+
+
+def loyalty(own: Accuracy, other: Accuracy, samples: Sequence[Sample]) -> Loyalty:
+    """How often two answered the same questions alike."""
+    alike = [normalize(a) == normalize(b) for a, b in zip(own.answers, other.answers, strict=True)]
+    return Loyalty(float(np.mean(alike)), _by_type(alike, samples), other)
+
+
+def _by_type(found: Sequence[bool], samples: Sequence[Sample]) -> dict[str, float]:
+    """The share of each type of question."""
+    return {
+        kind: float(np.mean([f for f, s in zip(found, samples, strict=True) if s.type == kind]))
+        for kind in sorted({sample.type for sample in samples})
     }
-    return Accuracy(float(np.mean(right)), len(samples), by_type, answers)
 
 
 def normalize(text: str) -> str:

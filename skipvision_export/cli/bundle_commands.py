@@ -234,6 +234,10 @@ def evaluate(
         bool,
         typer.Option("--shuffle-images", help="Give each question another picture: the floor."),
     ] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="BUNDLE", help="A dense one: also the share of answers that equal its own."),
+    ] = None,
     preset: PresetOption = None,
     policy: PolicyOption = None,
     dense: DenseOption = False,
@@ -247,6 +251,9 @@ def evaluate(
 
     A model runs in PyTorch with the configuration that it carries, if it was fine-tuned with one, or
     with --preset, --policy or --dense; a bundle runs as it was exported.
+
+    --against a dense bundle tells loyalty as well, the share of answers that are the dense one's, right or
+    wrong: what skipping changes, by type of question.
     """
     from skipvision_export.benchmark import accuracy
     from skipvision_export.method.saved import saved_config
@@ -275,10 +282,19 @@ def evaluate(
         if not config.is_dense:
             source.family.layout(source.config, config)  # refuse it before the weights load
         answer = accuracy.TorchAnswerer(TorchReference(source), max_new_tokens, config)
+    other = None if against is None else accuracy.BundleAnswerer(Bundle.load(against), max_new_tokens)
     progress = Progress()
     result = accuracy.evaluate(answer, samples, progress)
+    loyal = None
+    if other is not None:
+        loyal = accuracy.loyalty(result, accuracy.evaluate(other, samples, progress), samples)
     progress("")
     print(f"accuracy {result.accuracy:.1%} of {result.n}")
+    if loyal is not None:
+        print(f"{against}: {loyal.other.accuracy:.1%}, answers alike {loyal.share:.1%}")
     for kind, share in result.by_type.items():
-        print(f"  {kind:<10} {share:.1%}")
-    finish(result.to_json(), json)
+        alike = (
+            "" if loyal is None else f"  ({loyal.other.by_type[kind]:.1%}, alike {loyal.by_type[kind]:.1%})"
+        )
+        print(f"  {kind:<10} {share:.1%}{alike}")
+    finish(result.to_json() | ({} if loyal is None else loyal.to_json()), json)

@@ -159,6 +159,16 @@ def test_evaluate(kind, tiny_folder, bundle_folder, questions, tmp_path):
     assert result == {"accuracy": 0.0, "n": 2, "by_type": {"a": 0.0, "b": 0.0}}
 
 
+def test_loyalty(bundle_folder, dense_folder, questions, tmp_path):
+    """Answers alike: all with itself; with another those that are, right or wrong."""
+    asked = ("--data", questions, "--max-new-tokens", 6)
+    own = ok(tmp_path, "evaluate", bundle_folder, *asked, "--against", bundle_folder)
+    assert (own["loyalty"], own["loyalty_by_type"]) == (1.0, {"a": 1.0, "b": 1.0})
+    other = ok(tmp_path, "evaluate", bundle_folder, *asked, "--against", dense_folder)
+    assert other["loyalty"] < 1  # a random model answers differently when its tokens skip
+    assert other["against"]["n"] == own["n"] == 2
+
+
 # -- mistakes ----------------------------------------------------------------------------------------
 
 
