@@ -212,7 +212,10 @@ def decode_in(task: Decoding, names: Sequence[str], rounds: int) -> dict[int, di
     model = LlavaForConditionalGeneration.from_pretrained(task.source, dtype="float32").eval()
     inputs, hugging_face, weights = Inputs(task.embeds), HuggingFace(model, task.embeds), SharedWeights()
     shares = {ONE_COPY: weights}
-    graphs = {name: session(task.graphs[name], task.threads, shares.get(name)) for name in names}
+    mine = (OURS, ONE_COPY, INT4)
+    graphs = {
+        name: session(task.graphs[name], task.threads, shares.get(name), ours=name in mine) for name in names
+    }
     found = {}
     for cached in CACHED:
         runs: dict[str, Run] = {HF: hugging_face.decode(cached)}
@@ -247,7 +250,7 @@ def compare(rounds: int, threads: int, genai: Path | None, scratch: Path) -> dic
     hugging_face = HuggingFace(model, inputs.embeds)
     del traced, model
 
-    prefill = {PLAIN: session(files[PREFILL], threads), OURS: session(own[GROUPED], threads)}
+    prefill = {PLAIN: session(files[PREFILL], threads), OURS: session(own[GROUPED], threads, ours=True)}
     if genai:
         prefill[GENAI] = session(genai / "fp32" / "model.onnx", threads)
     peers = [HF, GENAI, PLAIN]
@@ -297,7 +300,7 @@ def compare(rounds: int, threads: int, genai: Path | None, scratch: Path) -> dic
     genai_graph = prefill.get(GENAI)
     dense = prefill[OURS]
     del prefill, runs
-    prefill = {OURS: dense, INT4: session(small[GROUPED], threads)}
+    prefill = {OURS: dense, INT4: session(small[GROUPED], threads, ours=True)}
     if genai:
         prefill[GENAI_INT4] = session(genai / "int4" / "model.onnx", threads)
     runs = {name: inputs.prefill(graph, TOKENS) for name, graph in prefill.items()}

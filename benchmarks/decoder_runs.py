@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import onnxruntime as ort
 import torch
 
 from skipvision_export.benchmark.sibling import SiblingSizes, sibling_model
+from skipvision_export.runtime.huge_pages import huge_pages
 from skipvision_export.runtime.kv_cache import SharedCache
 from skipvision_export.runtime.shared_weights import SharedWeights
 
@@ -28,14 +30,20 @@ def sibling() -> Any:
     return model.eval()
 
 
-def session(file: Path, threads: int, weights: SharedWeights | None = None) -> ort.InferenceSession:
-    """On the CPU, every optimization on; weights: shared with other sessions, as OrtBackend does."""
+def session(
+    file: Path, threads: int, weights: SharedWeights | None = None, *, ours: bool = False
+) -> ort.InferenceSession:
+    """On the CPU, every optimization on.
+
+    weights: shared with other sessions; ours: with what OrtBackend does for sessions that share none.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     if weights is not None:
         weights.give(options, file)
-    return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    with huge_pages() if ours and weights is None else contextlib.nullcontext():
+        return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
 class Inputs:
