@@ -281,9 +281,11 @@ def test_validate_prints_every_gap(halves, tiny_folder, tmp_path, capsys):
     command = ["validate", halves["bfloat16"].folder, "--model", tiny_folder, "--samples", 1, "--json", out]
     assert run([*map(str, command)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["export", "rewrite", "backend", "method", "precision"]
+    named = ["export", "rewrite", "backend", "method", "precision", "layers"]
+    assert [line.split()[0] for line in lines] == named
     assert lines[2].split()[1:3] == ["not", "run:"]
     assert "limit 22 dB" in lines[4]
+    assert lines[5].split()[1] == "ok"
     gaps = json.loads(out.read_text())["gaps"]
     assert gaps["precision"]["min_sqnr_db"] == 22
     assert gaps["precision"]["choice"]["limit"] == MIN_CHOICE
