@@ -56,6 +56,7 @@ from skipvision_export.runtime.shared_weights import SharedWeights
 TOKENS, KEPT = 1088, 192  # 1,024 visual tokens of which 128 are retained, 64 of text
 # 576 visual tokens and 64 of text; merged to 100 + 156 and two summaries.
 DENSE_640, MERGED, MERGED_KEPT = 640, 322, 166
+PAUSE_S = 0.2
 CACHED = (64, 192, 512, 1088, 2048, 4096)
 # The forms for ONNX Runtime on a CPU, which OrtBackend runs.
 GROUPED, SHARED = f"{PREFILL}.onnxruntime", f"{DECODE}.onnxruntime"
@@ -86,7 +87,9 @@ def measure(runs: dict[str, Run], rounds: int, each: int, what: str) -> dict[str
     """Milliseconds of one of `each` repetitions, by contender and round.
 
     Each round begins with another contender, every second one runs backwards: none has the same one in front
-    of it each time, whose threads still spin, or itself.
+    of it each time, or itself. Each waits until the threads of the one before it sleep: ONNX Runtime's spin
+    for work some time after a run, which takes cores from the next contender, and from a short one the larger
+    share of its time.
 
     Raises SystemExit where contenders that do the same do not give the same logits.
     """
@@ -102,6 +105,7 @@ def measure(runs: dict[str, Run], rounds: int, each: int, what: str) -> dict[str
         order = np.roll(np.arange(len(runs)), -turn)[:: 1 if turn % 2 else -1]
         for i in order:
             run = list(runs.values())[i]
+            time.sleep(PAUSE_S)
             start = time.perf_counter()
             run()
             times[turn, i] = (time.perf_counter() - start) * 1e3 / each
