@@ -1,7 +1,11 @@
 """Prompts for dense bundles in runtimes of others, and what Hugging Face answers to them."""
 
 import numpy as np
+import onnx_ir as ir
 import torch
+from damage import instead_of_input
+
+from skipvision_export.runtime.rounded import load_in_int4
 
 STEPS, IMAGE, VISUAL = 12, 3, 64
 
@@ -31,3 +35,15 @@ def in_pytorch(model, ids, pixels):
         output_logits=True,
     )
     return np.array([step[0].numpy() for step in out.logits]), out.sequences[0, len(ids) :].tolist()
+
+
+def check_int4(traced, ids, pixels, logits):
+    """Logits of a bundle with int4 weights, which computes with activations in 8 bits."""
+    expected = in_pytorch(load_in_int4(traced.source, "float32"), ids, pixels)[0]
+    full = in_pytorch(traced.model, ids, pixels)[0]
+    # Far from it are the full weights.
+    assert np.abs(logits[0] - expected[0]).max() < 0.2 * np.abs(logits[0] - full[0]).max()
+
+
+def strided_positions(graph):
+    instead_of_input(graph, "position_ids", lambda positions: [ir.node("Add", [positions, positions])])

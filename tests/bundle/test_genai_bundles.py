@@ -6,13 +6,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from damage import held, instead_of_input, twin
-from other_runtimes import IMAGE, STEPS, VISUAL, in_pytorch, prompt
+from other_runtimes import IMAGE, STEPS, VISUAL, check_int4, in_pytorch, prompt, strided_positions
 
 from skipvision_export import Bundle, SkipVisionConfig
 from skipvision_export.bundle.genai import check_genai
 from skipvision_export.errors import ConfigError
 from skipvision_export.models import family_of
-from skipvision_export.runtime.rounded import load_in_int4
 
 LIMIT = 1e-4
 DENSE = SkipVisionConfig.dense()
@@ -54,16 +53,7 @@ def test_genai_answers_as_hugging_face(pictures, folder, traced):
 def test_int4(traced, tmp_path):
     bundle = traced.write(tmp_path / "int4", DENSE, weights="int4", target="genai")
     ids, pixels = prompt(1)
-    found = in_genai(bundle.folder, ids, pixels)
-    expected = in_pytorch(load_in_int4(traced.source, "float32"), ids, pixels)
-    full = in_pytorch(traced.model, ids, pixels)
-    # Activations in 8 bits; far from it are the full weights.
-    error = np.abs(found[0][0] - expected[0][0]).max()
-    assert error < 0.2 * np.abs(found[0][0] - full[0][0]).max()
-
-
-def strided_positions(graph):
-    instead_of_input(graph, "position_ids", lambda positions: [ir.node("Add", [positions, positions])])
+    check_int4(traced, ids, pixels, in_genai(bundle.folder, ids, pixels)[0])
 
 
 def swapped_rows(graph):

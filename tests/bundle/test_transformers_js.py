@@ -13,7 +13,7 @@ import pytest
 from damage import held, instead_of_input, twin
 from families import FAMILIES, write_idefics3
 from full import only_in_full
-from other_runtimes import IMAGE, STEPS, VISUAL, in_pytorch, prompt
+from other_runtimes import IMAGE, STEPS, VISUAL, check_int4, in_pytorch, prompt, strided_positions
 from PIL import Image
 
 from skipvision_export import Bundle, SkipVisionConfig
@@ -22,7 +22,6 @@ from skipvision_export.cli import run
 from skipvision_export.errors import ConfigError
 from skipvision_export.exporter import trace_skeleton
 from skipvision_export.models.loading import load_model, load_processor, resolve_model
-from skipvision_export.runtime.rounded import load_in_int4
 
 LIMIT = 1e-4
 DENSE = SkipVisionConfig.dense()
@@ -143,16 +142,7 @@ def test_int4(traced, tmp_path):
     bundle = traced.write(tmp_path / "int4", DENSE, weights="int4", target="transformers.js")
     assert (bundle.folder / "onnx" / "decoder_model_merged_q4.onnx_data").is_file()
     ids, pixels = prompt(1)
-    found = in_its_way(bundle.folder, ids, pixels)
-    expected = in_pytorch(load_in_int4(traced.source, "float32"), ids, pixels)
-    full = in_pytorch(traced.model, ids, pixels)
-    # Activations in 8 bits; far from it are the full weights.
-    error = np.abs(found[0][0] - expected[0][0]).max()
-    assert error < 0.2 * np.abs(found[0][0] - full[0][0]).max()
-
-
-def strided_positions(graph):
-    instead_of_input(graph, "position_ids", lambda positions: [ir.node("Add", [positions, positions])])
+    check_int4(traced, ids, pixels, in_its_way(bundle.folder, ids, pixels)[0])
 
 
 def swapped_patches(graph):
