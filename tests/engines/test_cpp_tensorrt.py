@@ -18,6 +18,7 @@ from cpp_build import ask, call, configure_and_build, need_tools, questions, whe
 from PIL import Image
 from tiny import write_tiny_next
 
+from skipvision_export.bundle import seal
 from skipvision_export.config import SkipVisionConfig
 from skipvision_export.exporter import trace_model
 from skipvision_export.models.loading import resolve_model
@@ -252,7 +253,7 @@ def one_line(done, part):
 def alter(folder, change):
     manifest = json.loads((folder / "engines.json").read_text())
     change(manifest)
-    (folder / "engines.json").write_text(json.dumps(manifest))
+    (folder / "engines.json").write_text(seal(manifest))
 
 
 def rewrite(folder, data, hashed=False):
@@ -271,6 +272,12 @@ DAMAGES = {
     "truncated manifest": (
         lambda e: (e / "engines.json").write_text((e / "engines.json").read_text()[:200]),
         "truncated or no JSON; build again",
+    ),
+    "changed number": (
+        lambda e: (e / "engines.json").write_text(
+            (e / "engines.json").read_text().replace('"schema_version": 1', '"schema_version": 1 ')
+        ),
+        "digest: is not the sha256 of the file, which is altered; build again",
     ),
     "newer schema": (lambda e: alter(e, lambda m: m.update(schema_version=9)), "schema_version: is 9"),
     "route of the other product": (
