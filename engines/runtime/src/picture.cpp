@@ -20,14 +20,18 @@ constexpr std::int64_t kMaxPixels = 178956970;
   throw Error(name + " is truncated or no picture; expected PNG or JPEG");
 }
 
-Picture sized(std::int64_t width, std::int64_t height, const std::string& name) {
+/// A picture of pixels that `decode` writes to memory of its own: nothing fills it beforehand, so that a
+/// small file that claims to be large fails as soon as its data ends. `decode` says whether it got them.
+template <typename Decode>
+Picture decoded(std::int64_t width, std::int64_t height, const std::string& name, Decode decode) {
   if (width < 1 || height < 1) fail_broken(name);
   if (width > kMaxPixels / height)
     throw Error(name + " has " + std::to_string(width) + " x " + std::to_string(height) +
                 " pixels, over the limit of " + std::to_string(kMaxPixels));
-  Picture picture{static_cast<int>(width), static_cast<int>(height), {}};
-  picture.rgb.resize(static_cast<std::size_t>(3 * width * height));
-  return picture;
+  auto bytes = static_cast<std::size_t>(3 * width * height);
+  std::unique_ptr<std::uint8_t[]> rgb(new std::uint8_t[bytes]);
+  if (!decode(rgb.get())) fail_broken(name);
+  return {static_cast<int>(width), static_cast<int>(height), {rgb.get(), rgb.get() + bytes}};
 }
 
 /// libpng's reader. Its errors jump, over nothing that has a destructor: each step is a function of
@@ -97,9 +101,8 @@ Picture decode_png(const std::uint8_t* data, std::size_t bytes, const std::strin
   PngReader reader(data, bytes);
   if (!reader.read_header()) fail_broken(name);
   if (reader.grey16) throw Error(name + " has 16 bits of grey; save it with 8");
-  Picture picture = sized(reader.width, reader.height, name);
-  if (!reader.read_pixels(picture.rgb.data())) fail_broken(name);
-  return picture;
+  return decoded(reader.width, reader.height, name,
+                 [&](std::uint8_t* rgb) { return reader.read_pixels(rgb); });
 }
 
 Picture decode_jpeg(const std::uint8_t* data, std::size_t bytes, const std::string& name) {
@@ -110,13 +113,12 @@ Picture decode_jpeg(const std::uint8_t* data, std::size_t bytes, const std::stri
     fail_broken(name);
   if (colours == TJCS_CMYK || colours == TJCS_YCCK)
     throw Error(name + " is in CMYK colours; save it in RGB");
-  Picture picture = sized(width, height, name);
   // Stopped at the first warning, for what there is of a truncated picture comes with one; and in
   // scans, of which a small file may ask for thousands.
-  if (tjDecompress2(reader.get(), data, bytes, picture.rgb.data(), width, 0, height, TJPF_RGB,
-                    TJFLAG_ACCURATEDCT | TJFLAG_STOPONWARNING | TJFLAG_LIMITSCANS) != 0)
-    fail_broken(name);
-  return picture;
+  constexpr int kFlags = TJFLAG_ACCURATEDCT | TJFLAG_STOPONWARNING | TJFLAG_LIMITSCANS;
+  return decoded(width, height, name, [&](std::uint8_t* rgb) {
+    return tjDecompress2(reader.get(), data, bytes, rgb, width, 0, height, TJPF_RGB, kFlags) == 0;
+  });
 }
 
 }  // namespace
