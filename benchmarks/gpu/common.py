@@ -225,6 +225,15 @@ class Results:
         return 1 if self.failed else 3 if self.left_out else 0
 
 
+def fits(run: Run) -> bool:
+    """Does run() find the memory that it takes? Of a run that does not, nothing is held when this returns."""
+    try:
+        run()
+    except torch.cuda.OutOfMemoryError:
+        return False
+    return True
+
+
 def free(bench: Bench) -> None:
     """Give cached memory back."""
     gc.collect()
