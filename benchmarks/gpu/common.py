@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -122,6 +123,11 @@ def stamp(bench: Bench) -> dict[str, Any]:
     }
 
 
+def without_paths(text: str) -> str:
+    """Absolute paths cut to their last part: results are committed."""
+    return re.sub(r"(?:/[\w.+@ -]+)+/([\w.+@-]+)", r"\1", text)
+
+
 def _version(name: str) -> str | None:
     try:
         return version(name)
@@ -194,7 +200,7 @@ class Results:
         except Exception as error:
             traceback.print_exc()
             self.failed.append(name)
-            row = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+            row = {"error": without_paths(f"{type(error).__name__}: {error}".splitlines()[0])}
         row["seconds"] = round(time.monotonic() - start, 1)
         self.cells[name] = row
         self.save()

@@ -3,8 +3,8 @@
 python benchmarks/gpu/ort_cuda.py               # with onnxruntime-gpu
 python benchmarks/gpu/ort_cuda.py --small       # a float32 twin on the CPU
 
-One bundle is exported of random weights; its graphs run with all rows (dense) and with a preset's, each in
-the plain form and in the one with GroupQueryAttention, and beside them the graph of onnxruntime-genai's builder
+One bundle is exported of random weights; its graphs run with all rows (dense) and with a preset's, in the
+plain form and in the one with GroupQueryAttention, and beside them the graph of onnxruntime-genai's builder
 and PyTorch (sdpa). Everything is bound to the device. First, against float32 PyTorch, teacher-forced: greedy
 tokens must be PyTorch's own in the same type wherever the two best logits are further apart than its error.
 Nodes that ONNX Runtime puts on the CPU are listed.
