@@ -125,7 +125,7 @@ def stamp(bench: Bench) -> dict[str, Any]:
 
 def without_paths(text: str) -> str:
     """Absolute paths cut to their last part: results are committed."""
-    return re.sub(r"(?:/[\w.+@ -]+)+/([\w.+@-]+)", r"\1", text)
+    return re.sub(r"(?:/[\w.+@-]+)+/([\w.+@-]+)", r"\1", text)
 
 
 def _version(name: str) -> str | None:
