@@ -119,7 +119,7 @@ def stamp(bench: Bench) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "commit": _asked("git", "-C", str(ROOT), "rev-parse", "HEAD") or os.environ.get("SKIPVISION_COMMIT"),
-        "sources_sha256": _sources(),
+        "sources_sha256": sources(),
     }
 
 
@@ -143,7 +143,8 @@ def _asked(*command: str) -> str | None:
     return done.stdout.strip().splitlines()[0]
 
 
-def _sources() -> str:
+def sources() -> str:
+    """A digest of what results depend on."""
     digest = hashlib.sha256()
     for file in sorted(file for pattern in SOURCES for file in ROOT.glob(pattern)):
         digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
@@ -222,13 +223,16 @@ class Results:
 
     def end(self, table: Callable[[dict[str, Any]], Sequence[str]]) -> int:
         """Print a table; the exit status: 1 where a cell failed, 3 where some are left for another run."""
+        status = 1 if self.failed else 3 if self.left_out else 0
+        self.whole["exit"] = status
+        self.save()
         for line in table(self.whole):
             print(line)
         if self.left_out:
             print(f"out of time, run again for: {', '.join(self.left_out)}")
         if self.failed:
             print(f"failed: {', '.join(self.failed)}")
-        return 1 if self.failed else 3 if self.left_out else 0
+        return status
 
 
 def fits(run: Run) -> bool:

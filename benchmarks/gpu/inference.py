@@ -391,7 +391,6 @@ def main() -> int:
         free(bench)
     results.whole["goals"] = [] if bench.small else goals(results.cells)
     results.whole["concurrent"] = {name: concurrent(results.cells, name) for name in args.shapes}
-    results.save()
     return results.end(table)
 
 

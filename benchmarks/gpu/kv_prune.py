@@ -314,7 +314,6 @@ def main() -> int:
             program = folder / "kernel_test"
             results.cell("sanitizer", lambda: sanitized(program), needs=120)
     results.whole["goals"] = [] if bench.small else goals(results.cells)
-    results.save()
     return results.end(table)
 
 

@@ -164,7 +164,6 @@ def main() -> int:
             for name, cell in results.cells.items()
             if "pays" in cell
         ]
-    results.save()
     return results.end(table)
 
 

@@ -302,7 +302,6 @@ def main() -> int:
         del steps
         free(bench)
     results.whole["goals"] = [] if bench.small else goals(results.cells)
-    results.save()
     return results.end(table)
 
 
