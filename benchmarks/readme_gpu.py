@@ -105,10 +105,16 @@ def training_rows(cells: dict[str, Any]) -> list[str]:
             str(cells.get(f"{shape} largest batch, {variant}", {}).get("batch", "?"))
             for variant in (DENSE, preset)
         ]
-        rows.append(
-            f"| {how} | {cell['batch']} | {dense['step_ms']['median']:.0f} ms | {ours['step_ms']['median']:.0f} ms | {ours['saved']:.0%} | "
-            f"{ours['promised']:.0%} | {' / '.join(largest)} |"
-        )
+        row = [
+            how,
+            str(cell["batch"]),
+            f"{dense['step_ms']['median']:.0f} ms",
+            f"{ours['step_ms']['median']:.0f} ms",
+            f"{ours['saved']:.0%}",
+            f"{ours['promised']:.0%}",
+            " / ".join(largest),
+        ]
+        rows.append(f"| {' | '.join(row)} |")
     return [*rows, ""] if len(rows) > 2 else []
 
 

@@ -373,7 +373,7 @@ def share_of_saving(dense: float, ours: float, dense_floor: float, floor: float)
 
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """||found - wanted|| / ||wanted|| in float64; infinite where a number is not finite."""
-    found, wanted = found.detach().double().cpu(), wanted.detach().double().cpu()
+    found, wanted = found.detach().double(), wanted.detach().to(found.device).double()
     if found.shape != wanted.shape or not bool(found.isfinite().all()):
         return float("inf")
     return float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))

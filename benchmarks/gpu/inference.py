@@ -376,18 +376,20 @@ def main() -> int:
         if "limit" not in results.cells.get(f"{name} check", {}):
             continue  # nothing is timed that is not known to be right
         batches = args.batches or ([1] if bench.small else BATCHES)
-        model = None
-        for key, batch in [(f"{name} batch {batch}", batch) for batch in batches]:
-            if key in results.cells and "error" not in results.cells[key]:
-                continue
-            if bench.left() < 30:
-                results.left_out.append(key)
-                continue
-            model = model or shape.build(bench.device, bench.dtype)
-            results.cell(key, lambda m=model, s=shape, b=batch: measure(m, s, b, bench, ceilings))
-            if batch == 1:
-                results.cell(f"{name} hooks", lambda m=model, s=shape: hooks(m, s, bench))
-        del model
+        built: list[Any] = []
+
+        def model(shape: Shape = shape, built: list[Any] = built) -> Any:
+            built.extend([shape.build(bench.device, bench.dtype)] if not built else [])
+            return built[0]
+
+        for batch in batches:
+            results.cell(
+                f"{name} batch {batch}",
+                lambda m=model, s=shape, b=batch: measure(m(), s, b, bench, ceilings),
+                needs=30,
+            )
+        results.cell(f"{name} hooks", lambda m=model, s=shape: hooks(m(), s, bench), needs=15)
+        built.clear()
         free(bench)
     results.whole["goals"] = [] if bench.small else goals(results.cells)
     results.whole["concurrent"] = {name: concurrent(results.cells, name) for name in args.shapes}

@@ -27,6 +27,7 @@ from common import (
     Results,
     arguments,
     begin,
+    elapsed,
     fits,
     free,
     interleave,
@@ -47,7 +48,7 @@ from skipvision_export.training.trainable import choose_trainable
 ANSWER = 32  # labels of a sample, its last tokens
 BATCHES = {"llava-hd": 4, "cos": 8, "llava-1.5-7b": 16, "llava-llama3-8b": 16}
 LORA_RANK = 128
-MOST = 256
+MOST_SECONDS = 40
 LIMIT = 1e-4  # relative, of loss and gradients in float32
 WANTED = {"llava-hd": 0.60, "cos": 0.60}
 WANTED_SHARE = 0.85
@@ -200,19 +201,25 @@ def measure(steps: Steps, lora: int, samples: int, bench: Bench, ceilings: Ceili
 
 
 def largest(steps: Steps, config: SkipVisionConfig | None, bench: Bench, start: int) -> dict[str, Any]:
-    """The largest batch that fits, to within a sixteenth: doubled until it does not, then in between."""
+    """The largest batch that fits, to within a sixteenth.
 
-    low, high = 0, 0
-    trial = start
-    while trial <= MOST and bench.left() > 30:
-        if not steps.fits(config, trial):
-            high = trial
-            break
-        low, trial = trial, 2 * trial
-    while high and high - low > max(1, high // 16) and bench.left() > 30:
-        middle = (low + high) // 2
-        low, high = (middle, high) if steps.fits(config, middle) else (low, middle)
-    return {"batch": low, "does_not_fit": high or None}
+    Two steps show what memory a sample takes; from what that promises the search goes up or down. A batch
+    whose step would take more than MOST_SECONDS is not tried.
+    """
+    peaks = [peak_bytes(bench, steps.run(config, n)) or 0 for n in (start, 2 * start)]
+    each = max(1.0, (peaks[1] - peaks[0]) / start)
+    seconds = elapsed(bench, steps.run(config, 2 * start)) / 2e3 / start
+    free(bench)
+    room = torch.cuda.mem_get_info()[0] if bench.cuda else peaks[1]
+    low, high, most = 2 * start, 0, int(MOST_SECONDS / seconds)
+    trial = max(low + 1, int((room - peaks[0]) / each) + start)
+    while bench.left() > 2 * MOST_SECONDS and low < trial <= most and (not high or trial < high):
+        by = max(1, trial // 16)
+        if steps.fits(config, trial):
+            low, trial = trial, trial + by
+        else:
+            high, trial = trial, trial - by
+    return {"batch": low, "does_not_fit": high or None, "bytes_of_a_sample": int(each)}
 
 
 def started(shape: Shape, bench: Bench, lora: int) -> Steps | None:
@@ -228,6 +235,25 @@ def started(shape: Shape, bench: Bench, lora: int) -> Steps | None:
     found.clear()
     free(bench)
     return None
+
+
+def whole_cell(shape: Shape, samples: int, bench: Bench, ceilings: Ceilings, lora: bool) -> dict[str, Any]:
+    """A model with all weights training, or with LoRA where that does not fit, and its times."""
+    for rank in (LORA_RANK,) if lora else (0, LORA_RANK):
+        steps = started(shape, bench, rank)
+        if steps is not None:
+            return measure(steps, rank, samples, bench, ceilings)
+    return {"out_of_memory": "a batch of one, with LoRA"}
+
+
+def searched(
+    shape: Shape, config: SkipVisionConfig | None, step: dict[str, Any], bench: Bench
+) -> dict[str, Any]:
+    """The largest batch of one variant, in a model of its own."""
+    steps = started(shape, bench, step["lora_rank"])
+    if steps is None:
+        return {"out_of_memory": "a batch of one"}
+    return largest(steps, config, bench, max(1, step["batch"] // 2))
 
 
 def goals(cells: dict[str, Any]) -> list[dict[str, Any]]:
@@ -275,32 +301,25 @@ def main() -> int:
     bench = begin("training", args)
     results = Results(bench)
     ceilings = results.ceilings()
-    for name in args.shapes:
-        shape = SHAPES[name].small() if bench.small else SHAPES[name]
+    shapes = {name: SHAPES[name].small() if bench.small else SHAPES[name] for name in args.shapes}
+    for name, shape in shapes.items():
         results.cell(f"{name} check", lambda s=shape: check(s, bench), needs=20)
-        if "limit" not in results.cells.get(f"{name} check", {}):
-            continue
-        keys = [f"{name} step", *(f"{name} largest batch, {variant}" for variant in variants(shape))]
-        if all(key in results.cells and "error" not in results.cells[key] for key in keys):
-            continue
-        if bench.left() < 40:
-            results.left_out += keys
-            continue
-        steps = lora = None
-        samples = 1 if bench.small else BATCHES[name]
-        for lora in (LORA_RANK,) if args.lora else (0, LORA_RANK):
-            steps = started(shape, bench, lora)
-            if steps is not None:
-                break
-        if steps is None or lora is None:
-            results.cells[keys[0]] = {"out_of_memory": "a batch of one, with LoRA"}
-            continue
-        results.cell(keys[0], lambda t=steps, r=lora, n=samples: measure(t, r, n, bench, ceilings))
-        for key, config in zip(keys[1:], variants(shape).values(), strict=True):
-            if bench.cuda:
-                results.cell(key, lambda t=steps, c=config, n=samples: largest(t, c, bench, n), needs=60)
-        del steps
-        free(bench)
+        if "limit" in results.cells.get(f"{name} check", {}):
+            samples = 1 if bench.small else BATCHES[name]
+            results.cell(
+                f"{name} step",
+                lambda s=shape, n=samples: whole_cell(s, n, bench, ceilings, args.lora),
+                needs=60,
+            )
+    for name, shape in shapes.items() if bench.cuda else ():
+        step = results.cells.get(f"{name} step", {})
+        configs = variants(shape)
+        for variant in ("dense", shape.preset.name) if "variants" in step else ():
+            results.cell(
+                f"{name} largest batch, {variant}",
+                lambda s=shape, c=configs[variant], r=step: searched(s, c, r, bench),
+                needs=3 * MOST_SECONDS,
+            )
     results.whole["goals"] = [] if bench.small else goals(results.cells)
     return results.end(table)
 
