@@ -157,19 +157,23 @@ def sources() -> str:
 class Results:
     """The JSON of a run, written after every cell, so that a stopped one loses nothing.
 
-    A cell that the file holds already, of the same device, versions and sources, is not measured again.
+    A cell that the file holds already, of the same kind of device, versions and sources, is not measured
+    again. The driver may be another one, as machines are lent by kind; all are listed.
     """
 
     def __init__(self, bench: Bench) -> None:
         """Read what is there."""
         self.bench, self.whole = bench, stamp(bench) | {"ceilings": None, "cells": {}}
+        self.whole["drivers"] = [str(self.whole["device"].get("driver"))]
         self.failed: list[str] = []
         self.left_out: list[str] = []
         if bench.file and bench.file.is_file():
             before = json.loads(bench.file.read_text(encoding="utf-8"))
-            same = ("benchmark", "small", "device", "dtype", "versions", "sources_sha256")
-            if all(before.get(key) == self.whole[key] for key in same):
+            same = ("benchmark", "small", "dtype", "versions", "sources_sha256")
+            device = before["device"]["name"] == self.whole["device"]["name"]
+            if device and all(before.get(key) == self.whole[key] for key in same):
                 self.whole["ceilings"], self.whole["cells"] = before["ceilings"], before["cells"]
+                self.whole["drivers"] = sorted({*before["drivers"], *self.whole["drivers"]})
 
     @property
     def cells(self) -> dict[str, Any]:
@@ -269,23 +273,25 @@ def elapsed(bench: Bench, run: Run) -> float:
     return first.elapsed_time(last)
 
 
-def interleave(bench: Bench, runs: dict[str, Run], warmup: int = 2) -> dict[str, list[float]]:
+def interleave(bench: Bench, runs: dict[str, Run], seconds: float = 20) -> dict[str, list[float]]:
     """Milliseconds of each run and round, taken in turn, so that a change of clocks meets all alike.
 
-    Each round begins with another contender and every second one goes backwards. Past the deadline, three
-    rounds are enough.
+    Each round begins with another contender and every second one goes backwards. Of long runs, as many rounds
+    as `seconds` hold, three at least, behind one for warming up in place of two.
     """
-    names = list(runs)
+    names, rounds, warmup = list(runs), bench.rounds, 2
     times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(warmup + bench.rounds):
-        if turn - warmup >= 3 and bench.left() < 0:
-            break
-        shift = turn % len(names)
+    turn = 0
+    while turn < warmup + rounds:
+        start, shift = time.monotonic(), turn % len(names)
         order = names[shift:] + names[:shift]
         for name in order if turn % 2 else reversed(order):
             taken = elapsed(bench, runs[name])
             if turn >= warmup:
                 times[name].append(taken)
+        if turn == 0 and (took := time.monotonic() - start) > 1:
+            warmup, rounds = 1, min(rounds, max(3, int(seconds / took)))
+        turn += 1
     return times
 
 
@@ -300,19 +306,19 @@ def median(values: Sequence[float]) -> float:
     return float(np.median(values))
 
 
-def captured(bench: Bench, run: Run, pool: Any = None, warm: bool = False) -> Run:
+def captured(bench: Bench, run: Run, pool: Any = None, warmed: bool = False) -> Run:
     """run() as a CUDA graph, which is replayed without the host's part; on a CPU run() itself.
 
     pool: memory shared with other graphs, none of whose inner tensors are read after another was replayed;
-    warm: the same kernels ran before.
+    warmed: its kernels ran before, and what libraries make at first use, which a capture forbids, is there.
     """
     if not bench.cuda:
         return run
-    if not warm:
+    if not warmed:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            run()  # handles, workspaces and caches are made here, which a capture forbids
+            run()
         torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):

@@ -139,9 +139,9 @@ def apart(*arguments: object) -> dict[str, Any]:
     """What a child process found, or how it ended and what it said."""
     command = [sys.executable, __file__, *map(str, arguments)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
     except subprocess.TimeoutExpired:
-        return {"ran": False, "exit": None, "said": ["took more than 240 s"]}
+        return {"ran": False, "exit": None, "said": ["took more than 100 s"]}
     if done.returncode == 0:
         return {"ran": True, **json.loads(done.stdout.splitlines()[-1])}
     said = without_paths(done.stderr.strip()).splitlines()
@@ -186,6 +186,16 @@ def main() -> int:
         return child(args)
     bench = begin("engines", args)
     results = Results(bench)
+
+    def compiler() -> dict[str, Any]:
+        from skipvision_export.tensorrt.library import find
+
+        return {"compiler": str(find("tensorrt-rtx").compiler)}
+
+    results.cells.pop("compiler", None)
+    results.cell("compiler", compiler)
+    if results.failed:
+        return results.end(table)
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         found: dict[str, Path] = {}

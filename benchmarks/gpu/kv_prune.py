@@ -151,8 +151,9 @@ def triton_prune() -> Prune | None:
     return kv_prune
 
 
-def sanitized(program: Path) -> dict[str, Any]:
+def sanitized(program: Path, bench: Bench) -> dict[str, Any]:
     """compute-sanitizer's verdict on the kernel's own test program, by tool."""
+    limit = max(30.0, min(240.0, bench.left() / 2))
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).is_file():
         return {"not_run": "compute-sanitizer is not here"}
@@ -160,9 +161,9 @@ def sanitized(program: Path) -> dict[str, Any]:
     for check_name in ("memcheck", "racecheck"):
         command = [tool, "--tool", check_name, "--error-exitcode", "9", str(program), "--quick"]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)
         except subprocess.TimeoutExpired:
-            found[check_name] = {"not_run": "took more than 240 s"}
+            found[check_name] = {"not_run": f"took more than {limit:.0f} s"}
             continue
         lines = (done.stdout + done.stderr).strip().splitlines()
         found[check_name] = {"exit": done.returncode, "clean": done.returncode == 0, "last": lines[-1]}
@@ -312,7 +313,7 @@ def main() -> int:
                 results.cell(key, lambda c=case, b=batch: measure(prunes, bench, c, b), needs=5)
         if bench.cuda and kernel and not args.no_sanitizer:
             program = folder / "kernel_test"
-            results.cell("sanitizer", lambda: sanitized(program), needs=120)
+            results.cell("sanitizer", lambda: sanitized(program, bench), needs=90)
     results.whole["goals"] = [] if bench.small else goals(results.cells)
     return results.end(table)
 

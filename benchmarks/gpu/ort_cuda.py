@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import torch
 from common import (
     Bench,
@@ -36,7 +37,7 @@ from common import (
     spread,
 )
 from forward import Runner
-from ort_graphs import Graph, Steps
+from ort_graphs import Graph, Steps, missing
 from shapes import Contender, Shape
 
 from skipvision_export.config import SkipVisionConfig
@@ -256,6 +257,9 @@ def main() -> int:
     dtype = torch.float32 if bench.small else torch.float16
     results = Results(bench)
     results.whole["dtype"] = str(dtype).removeprefix("torch.")
+    if why := missing(bench.cuda):
+        results.cells["export"], results.failed = {"error": why}, ["export"]
+        return results.end(table)
     results.ceilings()
     model = shape.build(bench.device, dtype)
     wide = shape.build(bench.device, torch.float32)
@@ -267,7 +271,7 @@ def main() -> int:
         def export() -> dict[str, Any]:
             files = exported(model, folder, str(dtype).removeprefix("torch."))
             graphs.update({name: Graph(file, bench.cuda) for name, file in files.items()})
-            return {"graphs": list(files)}
+            return {"graphs": list(files), "onnxruntime": ort.__version__}
 
         def genai() -> dict[str, Any]:
             kind = ("fp32", "cpu") if bench.small else ("fp16", "cuda")
@@ -287,6 +291,8 @@ def main() -> int:
 
             def check(cases: dict[str, Case] = cases) -> dict[str, Any]:
                 found: dict[str, Any] = {}
+                if not graphs:
+                    raise RuntimeError("no graph to compare")
                 for form, (first, second) in pairs(graphs).items():
                     for kind, one in cases.items():
                         if form == "genai" and kind != "dense":

@@ -18,6 +18,17 @@ NUMPY = {
 }
 
 
+def missing(cuda: bool) -> str | None:
+    """Why nothing can run on the GPU."""
+    if not cuda:
+        return None
+    if hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # CUDA and cuDNN as PyTorch's packages have them
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        return None
+    return f"onnxruntime {ort.__version__} has no CUDA provider: install onnxruntime-gpu"
+
+
 class Graph:
     """One graph's session; K/V may be joined in new tensors, or one buffer that a step appends to."""
 
