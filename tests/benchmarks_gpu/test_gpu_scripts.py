@@ -149,6 +149,38 @@ def test_the_search_for_a_batch_ends_within_a_sixteenth():
     run("-c", f"import sys; sys.path.insert(0, {str(GPU)!r})\n{textwrap.dedent(code)}")
 
 
+def test_nothing_waits_for_the_device():
+    """What a CUDA graph cannot hold: sizes that depend on data, numbers for the host, copies from it."""
+    code = """
+        import torch
+        from torch.utils._python_dispatch import TorchDispatchMode
+        from forward import Runner
+        from shapes import SHAPES, contenders, reference
+        forbidden = {"nonzero", "_local_scalar_dense", "masked_select", "lift_fresh", "equal", "_unique2"}
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                name = str(function).split(".")[1]
+                found.update({name} & forbidden)
+                return function(*args, **(kwargs or {}))
+        cpu, found = torch.device("cpu"), set()
+        for name in ("llava-hd", "llava-1.5-7b"):
+            shape = SHAPES[name].small()
+            model = shape.build(cpu, torch.float32)
+            for contender in contenders(shape).values():
+                runner = Runner(model, shape, contender, 1, 2)
+                runner.first_token()  # tables of selectors are made once
+                with Watch():
+                    runner.first_token()
+                    runner.decode(0)
+                assert not found, (name, contender.name, found)
+        inputs = shape.inputs(1, cpu, torch.float32, runner.layout.total)
+        with torch.no_grad(), reference(model, shape, shape.preset), Watch():
+            model(**inputs)
+        assert "nonzero" in found and "_local_scalar_dense" in found  # the reference does wait
+    """
+    run("-c", f"import sys; sys.path.insert(0, {str(GPU)!r})\nimport common\n{textwrap.dedent(code)}")
+
+
 def readme_gpu():
     spec = importlib.util.spec_from_file_location("readme_gpu", ROOT / "benchmarks" / "readme_gpu.py")
     module = importlib.util.module_from_spec(spec)
