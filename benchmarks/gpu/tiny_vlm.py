@@ -4,8 +4,9 @@ python benchmarks/gpu/tiny_vlm.py --output out              # on a GPU
 python benchmarks/gpu/tiny_vlm.py --small                   # a few steps on a CPU
 
 Runs examples/tiny_vlm/train.py with three times the pictures and steps; a run that --budget stopped goes on
-from `out`. The 1,000 test questions are asked once, when training is done. The checkpoint replaces the
-committed one by hand, if it is better and of the same size.
+from `out`. The 1,000 test questions are asked once, when training is done. Checkpoint, log and results are
+packed beside the JSON as gpu_tiny_vlm.tar; they replace the committed ones by hand, if they are better and of
+the same size.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -58,6 +60,11 @@ def train(output: Path, bench: Bench) -> dict[str, Any]:
         found["test"] = json.loads(results.read_text())
         before = json.loads((EXAMPLE / "results.json").read_text())["exact_match"]["all"]
         found["committed"], found["better"] = before, found["test"]["exact_match"]["all"] > before
+    if bench.file is not None:
+        with tarfile.open(bench.file.with_suffix(".tar"), "w") as tar:
+            for file in (output / "checkpoint", output / "train_log.jsonl", results):
+                if file.exists():
+                    tar.add(file, file.name)
     return found
 
 
