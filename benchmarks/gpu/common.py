@@ -9,30 +9,19 @@ from __future__ import annotations
 
 import argparse
 import gc
-import hashlib
 import json
-import os
-import platform
-import re
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from where import RESULTS, stamp, without_paths
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # `python benchmarks/gpu/NAME.py` works without an installation
-RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "triton", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "peft", "numpy")
-# What a result depends on, where there is no git to name a commit.
-SOURCES = ("skipvision_export/**/*.py", "plugins/kv_prune/kernel/*", "benchmarks/gpu/*.py")
 Run = Callable[[], Any]
 
 
@@ -93,64 +82,6 @@ def begin(name: str, args: argparse.Namespace) -> Bench:
     )
 
 
-# -- where ----------------------------------------------------------------------------------------------
-
-
-def stamp(bench: Bench) -> dict[str, Any]:
-    """Device, driver, versions and sources: what makes two results comparable."""
-    where: dict[str, Any] = {"kind": bench.device.type, "name": platform.processor() or platform.machine()}
-    if bench.cuda:
-        facts = torch.cuda.get_device_properties(0)
-        where |= {
-            "name": facts.name,
-            "capability": f"{facts.major}.{facts.minor}",
-            "multiprocessors": facts.multi_processor_count,
-            "memory_bytes": facts.total_memory,
-            "l2_bytes": facts.L2_cache_size,
-            "driver": _asked("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-            "cuda": torch.version.cuda,
-        }
-    return {
-        "benchmark": bench.name,
-        "small": bench.small,
-        "device": where,
-        "dtype": str(bench.dtype).removeprefix("torch."),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
-        "commit": _asked("git", "-C", str(ROOT), "rev-parse", "HEAD") or os.environ.get("SKIPVISION_COMMIT"),
-        "sources_sha256": sources(),
-    }
-
-
-def without_paths(text: str) -> str:
-    """Absolute paths cut to their last part: results are committed."""
-    return re.sub(r"(?:/[\w.+@-]+)+/([\w.+@-]+)", r"\1", text)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _asked(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip().splitlines()[0]
-
-
-def sources() -> str:
-    """A digest of what results depend on."""
-    digest = hashlib.sha256()
-    for file in sorted(file for pattern in SOURCES for file in ROOT.glob(pattern)):
-        digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
-    return digest.hexdigest()
-
-
 # -- results --------------------------------------------------------------------------------------------
 
 
@@ -163,7 +94,10 @@ class Results:
 
     def __init__(self, bench: Bench) -> None:
         """Read what is there."""
-        self.bench, self.whole = bench, stamp(bench) | {"ceilings": None, "cells": {}}
+        self.bench, self.whole = (
+            bench,
+            stamp(bench.name, bench.small, bench.device, bench.dtype) | {"ceilings": None, "cells": {}},
+        )
         self.whole["drivers"] = [str(self.whole["device"].get("driver"))]
         self.failed: list[str] = []
         self.left_out: list[str] = []
@@ -216,6 +150,11 @@ class Results:
             file=sys.stderr,
             flush=True,
         )
+
+    def again(self, name: str, measure: Callable[[], dict[str, Any]]) -> None:
+        """A cell that makes what others need, in every call."""
+        self.cells.pop(name, None)
+        self.cell(name, measure)
 
     def save(self) -> None:
         """Write the file."""

@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT, Bench, Results, arguments, begin, relative_error, spread, without_paths
+from common import Bench, Results, arguments, begin, relative_error, spread
 from shapes import Shape
+from where import ROOT, without_paths
 
 from skipvision_export.config import SkipVisionConfig
 
@@ -192,8 +193,7 @@ def main() -> int:
 
         return {"compiler": str(find("tensorrt-rtx").compiler)}
 
-    results.cells.pop("compiler", None)
-    results.cell("compiler", compiler)
+    results.again("compiler", compiler)
     if results.failed:
         return results.end(table)
     with TemporaryDirectory() as scratch:
@@ -204,14 +204,12 @@ def main() -> int:
             found.update(bundles(folder, bench))
             return {"bundles": list(found)}
 
-        results.cells.pop("export", None)  # the bundles are not kept
-        results.cell("export", export)
+        results.again("export", export)  # the bundles are not kept
         options = ["--rounds", bench.rounds]
         options += [] if args.plugin is None else ["--plugin", args.plugin]
         for name, bundle in found.items():
             engines = folder / f"engines of {bundle.name}"
-            results.cells.pop(f"{name}: build", None)
-            results.cell(f"{name}: build", lambda b=bundle, e=engines: built(b, e, args.plugin), needs=20)
+            results.again(f"{name}: build", lambda b=bundle, e=engines: built(b, e, args.plugin))
             if engines.is_dir():
                 results.cell(f"{name}: run", lambda b=bundle, e=engines: apart("--run", b, e, *options))
             results.cell(f"{name}: execution provider", lambda b=bundle: apart("--provider", b), needs=20)

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import torch
-from common import ROOT
+from where import ROOT
 
 SOURCE = ROOT / "plugins" / "kv_prune"
 

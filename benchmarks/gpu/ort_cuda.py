@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -161,15 +161,26 @@ def compared(prefill: Graph, decode: Graph, one: Case, shape: Shape, shared: boo
     return row
 
 
-def measure(graphs: dict[str, Graph], cases: dict[str, Case], shape: Shape, bench: Bench) -> dict[str, Any]:
-    """Milliseconds of prefill and of a step by contender, in turn."""
+def check(
+    graphs: dict[str, Graph], form: str, names: tuple[str, str], cases: dict[str, Case], shape: Shape
+) -> dict[str, Any]:
+    """One form, dense and skipping where it can; raises CheckError."""
+    first, second = (graphs[name] for name in names)
+    kinds = ["dense"] if form == "genai" else list(cases)
+    return {kind: compared(first, second, cases[kind], shape, form != "plain") for kind in kinds}
+
+
+def measure(
+    graphs: dict[str, Graph], right: list[str], cases: dict[str, Case], shape: Shape, bench: Bench
+) -> dict[str, Any]:
+    """Milliseconds of prefill and of a step by contender, in turn; right: forms that passed their check."""
     prefills: dict[str, Callable[[], Any]] = {}
     steps: dict[str, Callable[[], Any]] = {}
     for kind, one in cases.items():
         prefills[f"PyTorch, {kind}"] = captured(bench, lambda c=one: c.runner.prefill(_features(c)))
         steps[f"PyTorch, {kind}"] = captured(bench, lambda c=one: c.runner.decode(0))
         for form, (first, second) in pairs(graphs).items():
-            if form == "genai" and kind != "dense":
+            if form not in right or (form == "genai" and kind != "dense"):
                 continue
             past = graphs[first].empty_past(one.runner.batch, shape.hidden // shape.heads, shape.kv_heads)
             binding = graphs[first].bound(one.feeds(), past, shared=False)
@@ -255,8 +266,8 @@ def main() -> int:
     bench = begin("ort_cuda", args)
     shape = SHAPE.small() if bench.small else SHAPE
     dtype = torch.float32 if bench.small else torch.float16
+    bench = replace(bench, dtype=dtype)
     results = Results(bench)
-    results.whole["dtype"] = str(dtype).removeprefix("torch.")
     if why := missing(bench.cuda):
         results.cells["export"], results.failed = {"error": why}, ["export"]
         return results.end(table)
@@ -268,44 +279,37 @@ def main() -> int:
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
 
-        def export() -> dict[str, Any]:
-            files = exported(model, folder, str(dtype).removeprefix("torch."))
-            graphs.update({name: Graph(file, bench.cuda) for name, file in files.items()})
-            return {"graphs": list(files), "onnxruntime": ort.__version__}
+        def load(name: str, file: Path) -> dict[str, Any]:
+            graphs[name] = Graph(file, bench.cuda)
+            return {"onnxruntime": ort.__version__}
 
         def genai() -> dict[str, Any]:
             kind = ("fp32", "cpu") if bench.small else ("fp16", "cuda")
             try:
-                graphs["genai"] = Graph(genai_graph(model, folder, *kind), bench.cuda)
+                return load("genai", genai_graph(model, folder, *kind))
             except ImportError as error:
                 return {"not_run": f"needs onnxruntime-genai: {error}"}
-            return {"builder": "onnxruntime-genai"}
 
-        for name, make in (("export", export), ("genai builder", genai)):
-            results.cells.pop(name, None)  # the graphs are not kept
-            results.cell(name, make)
+        def export() -> dict[str, Any]:
+            files.update(exported(model, folder, str(dtype).removeprefix("torch.")))
+            return {"graphs": list(files)}
+
+        files: dict[str, Path] = {}
+        # The graphs are not kept, so these are made in every call.
+        results.again("export", export)
+        for name, file in files.items():
+            results.again(f"load {name}", lambda n=name, f=file: load(n, f))
+        results.again("genai builder", genai)
         for batch in args.batches or ([1] if bench.small else [1, 8]):
-            if all(f"{what} batch {batch}" in results.cells for what in ("check", "time")):
-                continue
             cases = {one.name: case(model, wide, shape, one, batch) for one in (DENSE, SKIP)}
-
-            def check(cases: dict[str, Case] = cases) -> dict[str, Any]:
-                found: dict[str, Any] = {}
-                if not graphs:
-                    raise RuntimeError("no graph to compare")
-                for form, (first, second) in pairs(graphs).items():
-                    for kind, one in cases.items():
-                        if form == "genai" and kind != "dense":
-                            continue
-                        shared = form != "plain"
-                        found[f"{form}, {kind}"] = compared(graphs[first], graphs[second], one, shape, shared)
-                return found
-
-            results.cell(f"check batch {batch}", check)
-            if "error" not in results.cells[f"check batch {batch}"] and graphs:
-                results.cell(
-                    f"time batch {batch}", lambda c=cases: measure(graphs, c, shape, bench), needs=30
-                )
+            right = []
+            for form, names in pairs(graphs).items():
+                key = f"check batch {batch}, {form}"
+                results.cell(key, lambda f=form, n=names, c=cases: check(graphs, f, n, c, shape))
+                right += [form] if "error" not in results.cells[key] else []
+            results.cell(
+                f"time batch {batch}", lambda c=cases, r=right: measure(graphs, r, c, shape, bench), needs=30
+            )
             if batch == 1 and graphs:
                 results.cell("placement", lambda c=cases: placement(graphs, c["skip"], shape, bench))
             free(bench)

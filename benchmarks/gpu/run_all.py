@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import RESULTS, ROOT, sources
+from where import RESULTS, ROOT, sources
 
 # Seconds that each may take of one call, and further arguments; together 27 minutes.
 SCRIPTS: dict[str, tuple[float, list[str]]] = {

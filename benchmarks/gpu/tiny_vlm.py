@@ -19,7 +19,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from common import ROOT, Bench, Results, arguments, begin
+from common import Bench, Results, arguments, begin
+from where import ROOT
 
 EXAMPLE = ROOT / "examples" / "tiny_vlm"
 LONGER = {"pictures": 60000, "vision-steps": 4200, "decoder-steps": 16800, "align-steps": 2000}
