@@ -89,7 +89,7 @@ class Results:
     """The JSON of a run, written after every cell, so that a stopped one loses nothing.
 
     A cell that the file holds already, of the same kind of device, versions and sources, is not measured
-    again. The driver may be another one, as machines are lent by kind; all are listed.
+    again. The driver may be another one; all are listed.
     """
 
     def __init__(self, bench: Bench) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -56,7 +57,8 @@ def test_scripts_run_and_say_that_they_are_small(result):
     assert found["goals"] == []
     assert not any("error" in cell for cell in found["cells"].values())
     # Only where a twin that is broken on purpose was noticed.
-    assert '"twin' in json.dumps(found["cells"])
+    if name != "kv_prune" or shutil.which("g++"):  # the emulation has it; Triton's interpreter too, if here
+        assert '"twin' in json.dumps(found["cells"])
 
 
 def test_a_run_goes_on(result):
