@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -16,6 +17,10 @@ from typing import Any
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "benchmarks"))  # where a test loads this file
+
+from readme_gpu import gpu_rows, load_gpu  # noqa: E402
+
 SOURCES = {
     name: ROOT / "benchmarks" / "results" / f"{name}.json"
     for name in (
@@ -37,7 +42,8 @@ BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 def load() -> dict[str, Any]:
     """Every benchmark's JSON, by name."""
-    return {name: json.loads(file.read_text()) for name, file in SOURCES.items()}
+    found = {name: json.loads(file.read_text()) for name, file in SOURCES.items()}
+    return found | {"gpu": load_gpu(ROOT / "benchmarks" / "results")}
 
 
 def demo_rows(result: dict[str, Any]) -> list[str]:
@@ -306,6 +312,7 @@ def table(results: dict[str, Any]) -> str:
         *int4_rows(results),
         *export_rows(results["export_size"]),
         *family_rows(results["families"]),
+        *gpu_rows(results["gpu"]),
         f"{machine['cpu']}, {machine['cores']} cores; Python {machine['python']}, torch {machine['torch']}, "
         f"transformers {machine['transformers']}, onnxruntime {machine['onnxruntime']}. The machine was "
         "shared: trust the ratios, not the times. Sources: "

@@ -41,7 +41,7 @@ def align_projector(
     width = projector.linear_2.weight.shape[0]
     optimizer = build_optimizer([projector])
     generator = torch.Generator().manual_seed(seed)
-    target = codes(labels, width, seed).half()
+    target = codes(labels, width, seed).half().to(features.device)
     for step in range(steps):
         rows = torch.randint(len(features), (256,), generator=generator)
         loss = F.mse_loss(projector(features[rows].float()), target[rows].float())

@@ -7,6 +7,7 @@ the prefix. A 4D mask keeps them apart, so that the visual tokens are computed o
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,6 +89,10 @@ class Packed:
     targets: Tensor
     owner: Tensor
 
+    def to(self, device: torch.device) -> Packed:
+        """The same on a device."""
+        return Packed(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
 
 def retained_first(attention: np.ndarray, kept: int) -> np.ndarray:
     """Skip-Vision's order: the `kept` most attended patches, then the others, each in raster order.
@@ -153,8 +158,9 @@ def pack(
         answering = padded(answers, False).bool()
         visible[:, :, first:head] &= ~answering[:, :, None]
     shown = torch.tensor(chosen if pictures is None else pictures)
-    order = torch.from_numpy(np.stack(orders))
-    visual = bank.features[shown].float()
+    device = bank.features.device
+    order = torch.from_numpy(np.stack(orders)).to(device)
+    visual = bank.features[shown.to(device)].float()
     return Packed(
         ids=padded(sequences, bank.tokenizer.pad_token_id),
         positions=padded(positions, 0),
@@ -165,7 +171,7 @@ def pack(
         cols=torch.tensor(cols),
         targets=torch.tensor(targets),
         owner=torch.tensor(owner),
-    )
+    ).to(device)
 
 
 @contextmanager
@@ -240,10 +246,10 @@ def validate(model: LlavaForConditionalGeneration, bank: QuestionBank) -> dict[s
             ]
             questions = asked[start : start + 50]
             packed = pack(bank, chosen, questions, orders, kept, pictures=shown)
-            hit = answer_logits(model, packed).argmax(-1) == packed.targets
+            hit = (answer_logits(model, packed).argmax(-1) == packed.targets).cpu()
             total = sum(map(len, questions))
             good = torch.ones(total, dtype=torch.bool)
-            good[packed.owner[~hit]] = False
+            good[packed.owner.cpu()[~hit]] = False
             right += good.tolist()
             types += [question.type for part in questions for question in part]
         measured[name] = round(float(np.mean(right)), 4)
@@ -267,15 +273,20 @@ def train_decoder(
     state_path: Path,
     snapshot: Callable[[], None],
     log: Log,
-) -> None:
-    """Train projector and decoder, or go on from `state_path`; `snapshot` saves the model."""
+    seconds: float | None = None,
+) -> bool:
+    """Train projector and decoder, or go on from `state_path`; `snapshot` saves the model.
+
+    seconds: stop at the first saved state after so many. Returns whether all steps were taken.
+    """
+    start = time.monotonic()
     model.train()
     model.model.vision_tower.requires_grad_(False)
     parts = [model.model.multi_modal_projector, model.model.language_model, model.lm_head]
     optimizer = build_optimizer(parts)
     first = 0
     if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
+        state = torch.load(state_path, weights_only=True, map_location="cpu")
         for part, weights in zip(parts, state["parts"], strict=True):
             part.load_state_dict(weights)
         optimizer.load_state_dict(state["optimizer"])
@@ -301,3 +312,6 @@ def train_decoder(
             }
             save_state(state_path, state)
             snapshot()
+            if seconds is not None and time.monotonic() - start > seconds:
+                return step + 1 == steps
+    return True

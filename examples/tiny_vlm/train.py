@@ -1,4 +1,4 @@
-"""Train the tiny LLaVA on a CPU, in two stages, and write checkpoint, log, results and test set.
+"""Train the tiny LLaVA, in two stages, and write checkpoint, log, results and test set.
 
 Stage A trains the vision tower alone on per-patch labels. Stage B freezes it and trains projector
 and decoder on cached features. Both can be stopped and go on from the last state in --output.
@@ -40,6 +40,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder for all that is written")
     parser.add_argument("--seed", type=int, default=0, help="seed of data, weights and order")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; 1 if cores are busy")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda: minutes instead of an hour")
+    parser.add_argument(
+        "--minutes", type=float, help="stop the decoder's training after so many; the same command goes on"
+    )
     parser.add_argument("--pictures", type=int, default=20000, help="training pictures to draw")
     parser.add_argument("--vision-steps", type=int, default=1400, help="steps of 64 pictures")
     parser.add_argument("--vision-rate", type=float, default=1.5e-3, help="peak learning rate")
@@ -133,6 +137,7 @@ def main() -> None:
 
     banks = load_digit_banks(args.seed)
     model, processor = build(args.seed)
+    model.to(args.device)
     tower = model.model.vision_tower
     pool = draw_pool(args.seed, TRAIN, args.pictures, banks["train"])
     validation = draw_pool(args.seed, VALIDATION, 300, banks["validation"])
@@ -157,7 +162,7 @@ def main() -> None:
     features, attention = cache_features(tower, validation.pixels)
     validation_bank = QuestionBank(validation.scenes, features, attention, processor)
     log.write(stage="cached")
-    train_decoder(
+    finished = train_decoder(
         model,
         train_bank,
         validation_bank,
@@ -169,7 +174,11 @@ def main() -> None:
         state_path=output / "decoder.pt",
         snapshot=lambda: save_checkpoint(output / "checkpoint", model, processor),
         log=log,
+        seconds=None if args.minutes is None else 60 * args.minutes,
     )
+    if not finished:
+        log.write(stage="stopped", minutes=args.minutes)
+        return
     save_checkpoint(output / "checkpoint", model, processor)
     if not args.no_test:
         test_once(args, log)

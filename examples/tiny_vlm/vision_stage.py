@@ -48,11 +48,12 @@ def vision_loss(
     tower: nn.Module, heads: PatchHeads, pool: Batch, ids: np.ndarray
 ) -> tuple[Tensor, dict[str, float]]:
     """Training loss on pictures `ids` of the pool, and accuracies."""
-    features, log_attention = tower_features(tower, to_pixel_values(pool.pixels[ids]))
+    device = next(tower.parameters()).device
+    features, log_attention = tower_features(tower, to_pixel_values(pool.pixels[ids]).to(device))
     logits = heads(features)
-    kind = torch.from_numpy(pool.kind[ids])
-    colour = torch.from_numpy(pool.colour[ids])
-    place = torch.arange(GRID * GRID).expand(len(ids), -1)
+    kind = torch.from_numpy(pool.kind[ids]).to(device)
+    colour = torch.from_numpy(pool.colour[ids]).to(device)
+    place = torch.arange(GRID * GRID, device=device).expand(len(ids), -1)
     labels = {
         "kind": kind.where(kind >= 0, len(KINDS)),
         "colour": colour.where(colour >= 0, len(COLOURS)),
@@ -60,10 +61,10 @@ def vision_loss(
         "col": place % GRID,
     }
     weights = {"kind": 2.0, "colour": 1.0, "row": 0.3, "col": 0.3}
-    loss = torch.zeros(())
+    loss = torch.zeros((), device=device)
     for name, label in labels.items():
         loss = loss + weights[name] * F.cross_entropy(logits[name].flatten(0, 1), label.flatten())
-    target = attention_target(torch.from_numpy(pool.coverage[ids]), kind)
+    target = attention_target(torch.from_numpy(pool.coverage[ids]).to(device), kind)
     attention = log_attention.logsumexp(1) - np.log(log_attention.shape[1])
     loss = loss - 0.3 * (target * attention).sum(1).mean()
     there = kind >= 0
@@ -92,11 +93,11 @@ def train_vision(
     log: Log,
 ) -> None:
     """Train the tower's layers up to the feature layer, or go on from `state_path`."""
-    heads = PatchHeads(tower.config.hidden_size)
+    heads = PatchHeads(tower.config.hidden_size).to(next(tower.parameters()).device)
     optimizer = build_optimizer([tower, heads])
     first = 0
     if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
+        state = torch.load(state_path, weights_only=True, map_location="cpu")
         tower.load_state_dict(state["tower"])
         heads.load_state_dict(state["heads"])
         optimizer.load_state_dict(state["optimizer"])
@@ -124,10 +125,12 @@ def train_vision(
 
 @torch.no_grad()
 def cache_features(tower: nn.Module, pixels: np.ndarray, batch: int = 250) -> tuple[Tensor, Tensor]:
-    """Features float16 [n, 64, width] and CLS attention float32 [n, 64], summed over heads."""
+    """Features float16 [n, 64, width], on the tower's device, and CLS attention float32 [n, 64], summed over
+    heads, on the host."""
+    device = next(tower.parameters()).device
     features, attention = [], []
     for start in range(0, len(pixels), batch):
-        part, log_attention = tower_features(tower, to_pixel_values(pixels[start : start + batch]))
+        part, log_attention = tower_features(tower, to_pixel_values(pixels[start : start + batch]).to(device))
         features.append(part.half())
-        attention.append(log_attention.exp().sum(1))
+        attention.append(log_attention.exp().sum(1).cpu())
     return torch.cat(features), torch.cat(attention)

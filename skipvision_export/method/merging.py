@@ -31,7 +31,7 @@ def lay_out(
     image.features: [N, V, D] in raster order. Returns [N, layout.total, D], and the patch index of
     each token before merging, [N, V] int64, retained ones first.
     """
-    return lay_out_placed(image, layout, config, summary, image.features)[:2]
+    return lay_out_placed(image, layout, config, summary, image.features, places=False)[:2]
 
 
 def lay_out_placed(
@@ -40,11 +40,14 @@ def lay_out_placed(
     config: SkipVisionConfig,
     summary: nn.Module | None,
     x: Tensor,
+    *,
+    places: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`lay_out` of x [N, V, W], whose first D features are image.features, by which all is chosen.
 
     Returns a third tensor, the patch index of each token of the layout, [N, layout.total] int64: a merged
-    token's is its destination's, a summary token's -1.
+    token's is its destination's, a summary token's -1. Without `places`, which take a second matching of the
+    merged tokens, merged tokens have -1 as well.
     """
     by = image.features
     n, v = x.shape[:2]
@@ -62,13 +65,16 @@ def lay_out_placed(
     if layout.tiers:
         return x, order, order
     r = sizes[0]
-    rest, by_rest, places = x[:, r:], by[:, r:], order[:, r:]
+    rest, by_rest, behind = x[:, r:], by[:, r:], order[:, r:]
     if 0 < sizes[1] < rest.shape[1]:
         how = merge(config.merge)
-        rest, chosen = how.merge(rest, sizes[1], by_rest), how.destinations(by_rest, sizes[1])
-        places = places.gather(1, chosen)
+        rest = how.merge(rest, sizes[1], by_rest)
+        if places:
+            behind = behind.gather(1, how.destinations(by_rest, sizes[1]))
+        else:
+            behind = behind.new_full((n, sizes[1]), -1)
     blocks, indices = [], []
-    for block, index in ((x[:, :r], order[:, :r]), (rest, places)):
+    for block, index in ((x[:, :r], order[:, :r]), (rest, behind)):
         if block.shape[1]:
             blocks.append(block)
             indices.append(index)

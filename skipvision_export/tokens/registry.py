@@ -5,6 +5,7 @@ Shapes: N images, V visual tokens of an image, D hidden size, K tokens after mer
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -16,6 +17,7 @@ from skipvision_export.errors import ConfigError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    import torch
     from onnx_ir import tape
     from torch import Tensor
 
@@ -74,11 +76,16 @@ class StaticSelector(Selector):
 
     def scores(self, image: TorchImage) -> Tensor:
         """The static scores for each image."""
-        import torch
-
         n, v, _ = image.features.shape
-        scores = torch.tensor(self.static_scores(v, image.seed), device=image.features.device)
-        return scores.expand(n, v)
+        return _on_device(self, v, image.seed, image.features.device).expand(n, v)
+
+
+# Kept, as a copy to a GPU waits for it, and cannot be made while a CUDA graph is captured.
+@functools.lru_cache(maxsize=32)
+def _on_device(chooser: StaticSelector, visual_tokens: int, seed: int, device: torch.device) -> Tensor:
+    import torch
+
+    return torch.tensor(chooser.static_scores(visual_tokens, seed), device=device)
 
 
 class Merge:
