@@ -8,6 +8,7 @@ import sys
 import typer
 
 from skipvision_export.cli import (
+    bench,
     build,
     bundle_commands,
     calibrate,
@@ -39,7 +40,7 @@ app.command()(rewrite.rewrite)
 app.command()(finetune.finetune)
 app.command()(calibrate.calibrate)
 app.command()(bundle_commands.validate)
-app.command()(bundle_commands.bench)
+app.command()(bench.bench)
 app.command()(bundle_commands.generate)
 app.command()(bundle_commands.evaluate)
 app.command()(build.build)
