@@ -15,6 +15,8 @@ from skipvision_export.cli import (
     demo,
     finetune,
     model_commands,
+    pareto,
+    report,
     rewrite,
     serve,
 )
@@ -41,6 +43,8 @@ app.command()(finetune.finetune)
 app.command()(calibrate.calibrate)
 app.command()(bundle_commands.validate)
 app.command()(bench.bench)
+app.command()(pareto.pareto)
+app.command()(report.report)
 app.command()(bundle_commands.generate)
 app.command()(bundle_commands.evaluate)
 app.command()(build.build)
