@@ -33,9 +33,9 @@ def measure_pareto(
     """Ask every bundle all questions, and time all of them in turn, by the code of `evaluate` and `bench`.
 
     bundles: by name; asked: what some of them are known to answer to these samples. Returns {"machine",
-    "rates", "settings", "questions", "points"}; a point has `name`, `kind` (see kind_of), `config`, `accuracy` with
-    its standard error `accuracy_error`, `by_type`, a run's times and sizes as `bench` gives them, and
-    `front`: no other is at least as accurate and at least as fast end to end, by the medians.
+    "rates", "settings", "questions", "points"}; a point has `name`, `kind` (see kind_of), `config`,
+    `accuracy` with its standard error `accuracy_error`, `by_type`, a run's times and sizes as `bench`
+    gives them, and `front`: no other is at least as accurate and at least as fast end to end.
     """
     timed = bench(list(bundles.values()), settings, progress)
     points = []
