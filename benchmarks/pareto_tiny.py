@@ -59,7 +59,7 @@ def configurations() -> list[SkipVisionConfig]:
 def main() -> None:
     """JSON and picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=41)
+    parser.add_argument("--rounds", type=int, default=301)
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/pareto_tiny.json")
     parser.add_argument("--svg", type=Path, default=ROOT / "docs/pareto.svg")
     args = parser.parse_args()

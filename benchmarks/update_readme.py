@@ -29,6 +29,7 @@ SOURCES = {
         "int4_tiny",
         "export_size",
         "families",
+        "pareto_tiny",
     )
 }
 PICTURE = ROOT / "docs" / "retained.png"
@@ -147,6 +148,39 @@ def calibration_rows(result: dict[str, Any]) -> list[str]:
         rows.append(
             f"| {row['calibrated']['flops_share']:.0%} | {cell(row['calibrated'])} | "
             f"{cell(row['all_layers'])} | {cell(*row['random_layers'])} |"
+        )
+    return [*rows, ""]
+
+
+def pareto_rows(result: dict[str, Any]) -> list[str]:
+    """Accuracy against time of the tiny VLM, the fastest first."""
+    length = result["settings"]["new_tokens"]
+    rows = [
+        f"**Accuracy against time** of the dense checkpoint without training (`-tuned`: the fine-tune), "
+        f"{result['questions']:,} questions, {result['rates']['threads']} thread, ms from pixels to "
+        f"{length} tokens, median of {result['settings']['rounds']} interleaved rounds [10th, 90th "
+        "percentile]; exact match with tokens chosen by CLS attention (policies: evenly), and by the same "
+        "preset at random and evenly; bold: no other is at least as good in both:",
+        "",
+        "| | ms | first token | FLOPs | exact match | random | uniform |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    points = {point["name"]: point for point in result["points"]}
+
+    def accuracy(name: str) -> str:
+        if name not in points:
+            return ""
+        text = f"{points[name]['accuracy']:.1%}"
+        return f"**{text}**" if points[name]["front"] else text
+
+    shown = [point for point in points.values() if point["kind"] not in ("random", "uniform")]
+    for point in sorted(shown, key=lambda point: point["end_to_end"][-1]["ms"]):
+        name, whole = point["name"], point["end_to_end"][-1]
+        low, high = whole["spread"]
+        rows.append(
+            f"| {name} | {whole['ms']:.2f} [{low:.2f}, {high:.2f}] | {point['ttft_ms']:.2f} "
+            f"| {point['flops'] / 1e6:.0f} M | {accuracy(name)} | {accuracy(f'{name}-random')} "
+            f"| {accuracy(f'{name}-uniform')} |"
         )
     return [*rows, ""]
 
@@ -300,6 +334,7 @@ def table(results: dict[str, Any]) -> str:
         *accuracy_rows(results["accuracy_tiny"]),
         *training_rows(results["training_cpu"]),
         *calibration_rows(results["calibration_tiny"]),
+        *pareto_rows(results["pareto_tiny"]),
         *half_rows(results["half_types"]),
         *custom_op_rows(results["kv_prune_ort"]),
         *decoder_rows(results["decoder_cpu"]),

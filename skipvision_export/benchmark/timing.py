@@ -218,7 +218,7 @@ def peak_rss_mb(bundle: Bundle, settings: BenchSettings, batch: int = 1, concurr
     numbers = (settings.text_tokens, settings.new_tokens, settings.threads, batch, concurrency)
     done = subprocess.run([*command, *map(str, numbers)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
         raise SkipVisionError(f"measuring the memory of {bundle.folder} failed: {last}")
     return float(json.loads(done.stdout)["peak_rss_mb"])
 

@@ -58,7 +58,7 @@ def _chart(points: list[dict[str, Any]], title: str, limit_db: float, blame: dic
         axis.set_ylabel("signal to noise, dB")
         axis.set_ylim(min(0.0, *axis.get_ylim()), _MOST_DB + 5)
         axis.set_title(title, fontsize=10)
-        axis.legend(frameon=False, fontsize=8, loc="lower left")
+        axis.legend(frameon=False, fontsize=8, loc="best")
     return themed(svg(), f"signal to noise of each tensor, {title}")
 
 

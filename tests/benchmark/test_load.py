@@ -1,11 +1,14 @@
 """Prompts at the same time: they answer as alone, and what is told of them is of all of them."""
 
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from skipvision_export.benchmark.load import Load, measure_load, points
 from skipvision_export.benchmark.timing import BenchSettings, bench_inputs
+from skipvision_export.graph.passes.names import VISION
 from skipvision_export.runtime.pipeline import Bundle
 
 TEXT, NEW, CLIENTS = 16, 6, 4
@@ -42,6 +45,28 @@ def test_clients_are_served_at_the_same_time(bundle, monkeypatch):
     together = threading.Barrier(CLIENTS, timeout=0.2)
     with pytest.raises(threading.BrokenBarrierError):
         Load(bundle, TEXT, NEW, batch=CLIENTS).round()
+
+
+def test_threads_load_a_graph_once(bundle_folder, monkeypatch):
+    """Two that loaded it at the same time crashed: one's weights were freed while the other read them."""
+    backend = Bundle.load(bundle_folder).backend
+    together = threading.Barrier(CLIENTS)
+    load, loaded = backend._load, []
+
+    def slow(file):
+        loaded.append(file)
+        time.sleep(0.2)  # long enough for all others to come
+        return load(file)
+
+    def session(_):
+        together.wait()
+        return backend.session(VISION)
+
+    monkeypatch.setattr(backend, "_load", slow)
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        found = list(pool.map(session, range(CLIENTS)))
+    assert len(loaded) == 1
+    assert all(one is found[0] for one in found)
 
 
 def test_points():
