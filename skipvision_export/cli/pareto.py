@@ -42,6 +42,9 @@ def pareto(
     text_tokens: Annotated[int, typer.Option(min=4, help="Text tokens of the timed prompt.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the timed answer.")] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 15,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Prompts timed in one run: of a small model, calls weigh less.")
+    ] = 1,
     threads: ThreadsOption = 0,
     chart: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Also draw it.")] = None,
     revision: RevisionOption = None,
@@ -72,7 +75,9 @@ def pareto(
     with tempfile.TemporaryDirectory(prefix="skipvision-pareto-") as scratch:
         if model is not None:
             bundles |= _export(model, revision, configs, Path(scratch), threads, progress)
-        result = measure_pareto(bundles, samples, settings, max_new_tokens=max_new_tokens, progress=progress)
+        result = measure_pareto(
+            bundles, samples, settings, max_new_tokens=max_new_tokens, batch=batch, progress=progress
+        )
     progress("")
     for line in pareto_lines(result):
         print(line)
@@ -98,14 +103,12 @@ def configurations(
 
 def pareto_lines(result: dict[str, Any]) -> list[str]:
     """The fastest first, each in a line."""
-    from skipvision_export.benchmark.pareto import time_of
-
     lines = []
-    for point in sorted(result["points"], key=time_of):
-        low, high = point["end_to_end"][-1]["spread"]
+    for point in sorted(result["points"], key=lambda point: point["ms"]):
+        low, high = point["ms_spread"]
         lines.append(
             f"{'*' if point['front'] else ' '} {point['name']:<24} {point['accuracy']:6.1%} "
-            f"±{100 * point['accuracy_error']:.1f}, {time_of(point):.2f} ms [{low:.2f}, {high:.2f}], "
+            f"±{100 * point['accuracy_error']:.1f}, {point['ms']:.2f} ms [{low:.2f}, {high:.2f}], "
             f"first token {point['ttft_ms']:.2f} ms, {si(point['flops'], 'FLOP')}, "
             f"K/V {si(point['kv_bytes'], 'B')}"
         )

@@ -7,7 +7,6 @@ from importlib import resources
 from typing import Any
 
 from skipvision_export.benchmark.accuracy import Accuracy
-from skipvision_export.benchmark.pareto import time_of
 from skipvision_export.bundle import Manifest
 from skipvision_export.report.charts import comparison_charts, themed
 from skipvision_export.report.layer_chart import layer_charts
@@ -172,14 +171,14 @@ def _limit_db(manifest: Manifest) -> float:
 
 def _pareto_rows(pareto: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
-    for point in sorted(pareto["points"], key=time_of):
-        low, high = point["end_to_end"][-1]["spread"]
+    for point in sorted(pareto["points"], key=lambda point: point["ms"]):
+        low, high = point["ms_spread"]
         rows.append(
             {
                 "name": point["name"],
                 "front": point["front"],
                 "accuracy": f"{point['accuracy']:.1%} ± {100 * point['accuracy_error']:.1f}",
-                "time": f"{time_of(point):.2f} ms [{low:.2f}, {high:.2f}]",
+                "time": f"{point['ms']:.2f} ms [{low:.2f}, {high:.2f}]",
                 "flops": f"{point['flops'] / 1e9:.3g} G",
                 "kv": f"{point['kv_bytes'] / 1e6:.3g} MB",
             }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from skipvision_export.bundle import Manifest
 from skipvision_export.report.overlay import data_uri, draw_shares
 from skipvision_export.runtime.data import Sample
 from skipvision_export.runtime.pipeline import Bundle
+from skipvision_export.runtime.prompt import load_image
 from skipvision_export.runtime.varying import Patches
 from skipvision_export.tokens import selector
 
@@ -28,7 +30,7 @@ def picture_cards(
     picture; of a model that cuts pictures, or keeps their shape, the picture is shown as it is. A row is a
     question with what was expected, and of each contender its answer and whether that is right.
     """
-    encoder = RasterEncoder(bundle)
+    encoder = cache(lambda: RasterEncoder(bundle))
     cards: dict[Any, dict[str, Any]] = {}
     for i in range(min(map(len, answers.values()))):
         sample = samples[i]
@@ -85,17 +87,15 @@ def skip_shares(manifest: Manifest, order: Sequence[int]) -> npt.NDArray[np.floa
     return shares
 
 
-def _picture(bundle: Bundle, encoder: RasterEncoder, sample: Sample) -> dict[str, Any]:
+def _picture(bundle: Bundle, encoder: Callable[[], RasterEncoder], sample: Sample) -> dict[str, Any]:
     pixels = bundle.prepare(sample.images, sample.question).pixel_values
     visual = bundle.manifest.model.visual_tokens
     grid = round(visual**0.5)
     if isinstance(pixels, Patches) or len(pixels) != 1 or pixels.ndim != 4 or grid**2 != visual:
-        from skipvision_export.runtime.prompt import load_image
-
         picture = load_image(sample.image)
         picture.thumbnail((288, 288))
         return {"image": data_uri(picture), "map": False}
-    _, order = encoder.run(pixels)
+    _, order = encoder().run(pixels)
     shares = skip_shares(bundle.manifest, order[0] if order else [])
     return {"image": data_uri(draw_shares(_seen(bundle, pixels[0]), grid, shares.tolist())), "map": True}
 

@@ -137,7 +137,7 @@ def test_validate_fails_on_a_broken_bundle(tiny_folder, bundle_folder, tmp_path,
 
 
 def test_bench(bundle_folder, dense_folder, tmp_path):
-    args = ("--against", dense_folder, "--rounds", 2, "--new-tokens", "1,3", "--batch", 2, "--concurrency", 2)
+    args = ("--against", dense_folder, "--rounds", 2, "--new-tokens", "1,3", "--concurrency", 2)
     result = ok(tmp_path, "bench", bundle_folder, *args)
     assert len(result["runs"]) == 2
     for row in result["runs"]:
@@ -150,12 +150,15 @@ def test_bench(bundle_folder, dense_folder, tmp_path):
         assert set(row["floor"]) == {"vision", "prefill", "decode"}
         for floor in row["floor"].values():
             assert floor["multiple"] * floor["floor_ms"] > 0
-    assert [(point["batch"], point["concurrency"]) for point in result["load"]] == [(2, 1), (1, 2)]
-    for point in result["load"]:
-        for row in point["runs"]:
-            assert row["tokens_per_s"] == pytest.approx(3 * row["requests_per_s"])
-            assert row["latency_p95_ms"] >= row["latency_ms"] > row["ttft_ms"]
-            assert row["peak_rss_mb"] > 10
+    (point,) = result["load"]
+    assert (point["batch"], point["concurrency"], point["new_tokens"]) == (1, 2, 3)
+    assert [row["bundle"] for row in point["runs"]] == [row["bundle"] for row in result["runs"]]
+    for row in point["runs"]:
+        assert row["tokens_per_s"] == pytest.approx(3 * row["requests_per_s"])
+        assert row["latency_p95_ms"] >= row["latency_ms"] > row["ttft_ms"]
+        assert row["peak_rss_mb"] > 10
+    low, high = point["ratio_spread"]["tokens_per_s"]
+    assert low <= point["ratios"]["tokens_per_s"] <= high
     low, high = result["ratio_spread"]["prefill"]
     assert low <= result["ratios"]["prefill"] <= high
     dims = decoder_dims(Bundle.load(bundle_folder))
