@@ -4,7 +4,7 @@ Writes benchmarks/results/pareto_tiny.json and docs/pareto.svg. The trained dens
 further: presets and `eighth`, half of what `quarter` leaves, each also with tokens chosen at random and
 evenly; the policies that benchmarks/calibration_tiny.py found (K/V kept); and beside them the fine-tune.
 All are timed in turn, prompts as long as the questions, 32 of them in one run: alone a model so small spends
-its time in calls. On one thread, as two are slower.
+its time in calls. On one thread, because two wait for each other where the machine is shared.
 
 Run from the repository's root, about five minutes:
 

@@ -147,7 +147,7 @@ def run_demo(
             name: traced.write(Path(scratch) / name, replace(config, name=name, selector=name))
             for name in BASELINES
         }
-        # On one thread: two are slower on a model so small.
+        # On one thread: of a model so small two wait for each other, unless nothing else runs.
         quick = BenchSettings(new_tokens=8, rounds=rounds, threads=1)
         against_time = measure_pareto(
             {
