@@ -43,8 +43,9 @@ from decoder_runs import (
 )
 
 from skipvision_export import Bundle, SkipVisionConfig
+from skipvision_export.benchmark.floor import decoder_dims
 from skipvision_export.benchmark.flops import count_flops, layers_flops
-from skipvision_export.benchmark.timing import decoder_dims, machine
+from skipvision_export.benchmark.timing import machine
 from skipvision_export.bundle import write_graphs
 from skipvision_export.exporter import trace_skeleton
 from skipvision_export.graph.clean import clear_inferred_types, unique_node_names

@@ -79,19 +79,22 @@ def kv_bytes(dims: DecoderDims, tokens: int, dtype: str = "float32") -> int:
     return 2 * dims.num_layers * dims.num_kv_heads * dims.head_dim * tokens * DTYPE_BYTES[dtype]
 
 
-def count_flops(model: onnx.ModelProto, sizes: dict[str, int], experts_share: float = 1.0) -> int:
+def count_flops(
+    model: onnx.ModelProto, sizes: dict[str, int], experts_share: float = 1.0, *, known_only: bool = False
+) -> int:
     """Count over a graph's MatMul (MatMulNBits too), Gemm and Attention nodes; weights need not be loaded.
 
     sizes: a number for each named dimension of the inputs, such as {"batch": 1, "sequence": 640}.
     experts_share: of a mixture, the share of experts that a row goes through.
-    Raises ValueError where a node's shape does not follow from them.
+    Raises ValueError where a node's shape does not follow from them, unless known_only: then such nodes
+    are left out, and the number is a lower bound.
     """
     model = onnx.ModelProto.FromString(model.SerializeToString())
     _full_matrices(model.graph)
     picked = _pick_all(model.graph)
     for value in model.graph.input:
         for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:
+            if dim.dim_param and (dim.dim_param in sizes or not known_only):
                 dim.dim_value = sizes[dim.dim_param]
     for value in model.graph.output:
         for dim in value.type.tensor_type.shape.dim:
@@ -110,21 +113,29 @@ def count_flops(model: onnx.ModelProto, sizes: dict[str, int], experts_share: fl
             raise ValueError(f"the shape of {name} at node {node.name} does not follow: {sizes_of}")
         return sizes_of
 
-    total = 0
-    for node in inferred.graph.node:
+    def cost(node: onnx.NodeProto) -> int:
         if node.op_type == "MatMul":
             inner = shape(node.input[0], node)[-1]
             share = Fraction(experts_share).limit_denominator(4096) if node.output[0] in picked else 1
-            total += int(2 * math.prod(shape(node.output[0], node)) * inner * share)
-        elif node.op_type == "Gemm":
+            return int(2 * math.prod(shape(node.output[0], node)) * inner * share)
+        if node.op_type == "Gemm":
             trans = next((a.i for a in node.attribute if a.name == "transA"), 0)
             inner = shape(node.input[0], node)[0 if trans else 1]
-            total += 2 * math.prod(shape(node.output[0], node)) * inner
-        elif node.op_type == "Attention":
+            return 2 * math.prod(shape(node.output[0], node)) * inner
+        if node.op_type == "Attention":
             batch, heads, queries, size = shape(node.input[0], node)
             keys = shape(node.input[1], node)[2]
             value_size = shape(node.input[2], node)[3]
-            total += 2 * batch * heads * queries * keys * (size + value_size)
+            return 2 * batch * heads * queries * keys * (size + value_size)
+        return 0
+
+    total = 0
+    for node in inferred.graph.node:
+        try:
+            total += cost(node)
+        except ValueError:
+            if not known_only:
+                raise
     return total
 
 

@@ -1,6 +1,6 @@
 """Run a bundle once in a fresh process and print its peak memory as JSON.
 
-`python -m skipvision_export.benchmark.memory BUNDLE TEXT_TOKENS NEW_TOKENS`
+`python -m skipvision_export.benchmark.memory BUNDLE TEXT_TOKENS NEW_TOKENS THREADS BATCH CONCURRENCY`
 """
 
 from __future__ import annotations
@@ -10,16 +10,15 @@ import resource
 import sys
 from pathlib import Path
 
-from skipvision_export.benchmark.timing import bench_inputs
+from skipvision_export.benchmark.load import Load
 from skipvision_export.runtime.pipeline import Bundle
 
 
 def main() -> None:
     """Command line."""
-    folder, text_tokens, new_tokens = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    bundle = Bundle.load(folder, verify=False)
-    inputs = bench_inputs(bundle, text_tokens)
-    bundle.generator.generate(inputs.input_ids, inputs.pixel_values, max_new_tokens=new_tokens)
+    text_tokens, new_tokens, threads, batch, concurrency = map(int, sys.argv[2:])
+    bundle = Bundle.load(Path(sys.argv[1]), verify=False, threads=threads)
+    Load(bundle, text_tokens, new_tokens, batch, concurrency).round()
     print(json.dumps({"peak_rss_mb": own_peak_mb()}))
 
 

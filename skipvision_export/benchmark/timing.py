@@ -14,14 +14,16 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 
+from skipvision_export.benchmark.floor import Rates, decoder_dims, experts_share, phase_work, prefill_sizes
 from skipvision_export.benchmark.flops import count_flops, kv_bytes
 from skipvision_export.errors import SkipVisionError
-from skipvision_export.graph.passes.names import PREFILL, ffn_dim_name
-from skipvision_export.models import DecoderDims
+from skipvision_export.graph.passes.names import PREFILL
 from skipvision_export.runtime.pipeline import Bundle
 from skipvision_export.runtime.prompt import PromptInputs
+from skipvision_export.runtime.transcript import Transcript
 from skipvision_export.runtime.varying import Patches
 
 Progress = Callable[[str], None]
@@ -29,18 +31,26 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """text_tokens beside the visual ones; new_tokens decoded; rounds timed after the warm-up."""
+    """text_tokens beside the visual ones; new_tokens decoded; rounds timed after the warm-up.
+
+    lengths: answers whose end-to-end time is told, of at most new_tokens; by default of new_tokens.
+    """
 
     text_tokens: int = 64
     new_tokens: int = 16
     rounds: int = 15
     warmup: int = 2
     threads: int = 0
+    lengths: tuple[int, ...] = ()
 
 
 @dataclass
 class BenchRun:
-    """One bundle's times in milliseconds, medians, and [10th, 90th percentile] beside them."""
+    """One bundle's times in milliseconds, medians, and [10th, 90th percentile] beside them.
+
+    end_to_end: from pixels to the last token, {"new_tokens", "ms", "spread"} for each length; floor: what
+    each phase cannot be faster than, and its time as a multiple of that, see `floor.Rates.floor`.
+    """
 
     bundle: str
     preset: str
@@ -57,15 +67,17 @@ class BenchRun:
     kv_tokens: int
     kv_bytes: int
     flops: int
+    end_to_end: list[dict[str, Any]]
+    floor: dict[str, dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""
         return asdict(self)
 
 
-def bench_inputs(bundle: Bundle, text_tokens: int) -> PromptInputs:
+def bench_inputs(bundle: Bundle, text_tokens: int, seed: int = 0) -> PromptInputs:
     """Random pixels and ids with the bundle's number of visual tokens; the same for every bundle."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     model = bundle.manifest.model
     pixels: Any = next(t for t in bundle.manifest.graphs["vision_encoder"].inputs).shape[1:]
     others = np.setdiff1d(np.arange(model.vocab_size), [model.image_token_id])
@@ -94,12 +106,15 @@ def bench(
 ) -> dict[str, Any]:
     """Time bundles in turn, round after round, so that a busy machine slows all of them alike.
 
-    Returns {"machine", "settings", "runs", "ratios", "ratio_spread"}; ratios are the second bundle
+    Returns {"machine", "rates", "settings", "runs", "ratios", "ratio_spread"}; ratios are the second bundle
     over the first (above 1: the first is faster, or smaller), the median over rounds.
     """
     inputs = [bench_inputs(bundle, settings.text_tokens) for bundle in bundles]
-    samples: list[list[tuple[float, float, float]]] = [[] for _ in bundles]
-    kv_tokens = [0] * len(bundles)
+    work = [phase_work(bundle, settings.text_tokens, settings.new_tokens) for bundle in bundles]
+    rates, phases = Rates.of(settings.threads), [phase for own in work for phase in own.values()]
+    progress("the machine's rates")
+    rates.measure(phases)
+    samples: list[list[Transcript]] = [[] for _ in bundles]
     for turn in range(settings.warmup + settings.rounds):
         progress(f"round {turn + 1} of {settings.warmup + settings.rounds}")
         # Back and forth, so that no bundle always runs right after the same other one.
@@ -108,82 +123,102 @@ def bench(
             done = bundles[i].generator.generate(
                 inputs[i].input_ids, inputs[i].pixel_values, max_new_tokens=settings.new_tokens
             )
-            kv_tokens[i] = done.kv_tokens_after_prefill
             if turn >= settings.warmup:
-                samples[i].append((done.vision_ms, done.prefill_ms, done.decode_ms_per_token))
-    runs = [
-        _run(bundle, np.array(times), tokens, settings, progress)
-        for bundle, times, tokens in zip(bundles, samples, kv_tokens, strict=True)
-    ]
+                samples[i].append(done)
+    rates.measure(phases)
+    times = [_times(own, settings) for own in samples]
+    runs = []
+    for bundle, own, sampled, phase in zip(bundles, times, samples, work, strict=True):
+        run = _run(bundle, own, sampled[-1].kv_tokens_after_prefill, settings, progress)
+        took = {"vision": run.vision_ms, "prefill": run.prefill_ms, "decode": run.decode_ms_per_token}
+        run.floor = {name: rates.floor(phase[name], took[name]) for name in phase}
+        runs.append(run)
     result: dict[str, Any] = {
         "machine": machine(),
+        "rates": rates.to_json(),
         "settings": asdict(settings),
         "runs": [run.to_json() for run in runs],
         "ratios": {},
         "ratio_spread": {},
     }
     if len(runs) == 2:
-        first, second = (np.array(times) for times in samples)
-        for name, column in (("prefill", 1), ("decode", 2)):
-            each = second[:, column] / np.maximum(first[:, column], 1e-9)
+        for name in [name for name in times[0] if name != "vision"]:
+            each = times[1][name] / np.maximum(times[0][name], 1e-9)
             result["ratios"][name] = float(np.median(each))
-            result["ratio_spread"][name] = _spread(each)
-        ttft = second[:, :2].sum(1) / np.maximum(first[:, :2].sum(1), 1e-9)
-        result["ratios"]["ttft"] = float(np.median(ttft))
-        result["ratio_spread"]["ttft"] = _spread(ttft)
+            result["ratio_spread"][name] = spread(each)
         for name in ("flops", "kv_bytes", "peak_rss_mb"):
             result["ratios"][name] = getattr(runs[1], name) / getattr(runs[0], name)
     return result
 
 
-def _run(bundle: Bundle, times: Any, kv_tokens: int, settings: BenchSettings, progress: Progress) -> BenchRun:
+def _times(samples: Sequence[Transcript], settings: BenchSettings) -> dict[str, npt.NDArray[np.float64]]:
+    """Milliseconds of each round by what they are of.
+
+    An answer of n tokens is the beginning of a longer one: its end-to-end time is that up to its last token.
+    """
+    found = {
+        "vision": [done.vision_ms for done in samples],
+        "prefill": [done.prefill_ms for done in samples],
+        "decode": [done.decode_ms_per_token for done in samples],
+        "ttft": [done.ttft_ms for done in samples],
+    }
+    for n in settings.lengths or (settings.new_tokens,):
+        found[f"end_to_end_{n}"] = [done.ttft_ms + sum(done.decode_ms[: n - 1]) for done in samples]
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def _run(
+    bundle: Bundle,
+    times: dict[str, npt.NDArray[np.float64]],
+    kv_tokens: int,
+    settings: BenchSettings,
+    progress: Progress,
+) -> BenchRun:
     manifest = bundle.manifest
     progress(f"memory of {bundle.folder.name}")
-    vision, prefill, decode = (float(v) for v in np.median(times, axis=0))
+    median = {name: float(np.median(values)) for name, values in times.items()}
     return BenchRun(
         bundle=bundle.folder.name,
         preset=manifest.preset,
         backend=bundle.backend.name,
         dtype=manifest.dtype,
         weights=manifest.weights,
-        vision_ms=vision,
-        prefill_ms=prefill,
-        prefill_ms_spread=_spread(times[:, 1]),
-        ttft_ms=float(np.median(times[:, :2].sum(1))),
-        decode_ms_per_token=decode,
-        decode_ms_spread=_spread(times[:, 2]),
+        vision_ms=median["vision"],
+        prefill_ms=median["prefill"],
+        prefill_ms_spread=spread(times["prefill"]),
+        ttft_ms=median["ttft"],
+        decode_ms_per_token=median["decode"],
+        decode_ms_spread=spread(times["decode"]),
         peak_rss_mb=peak_rss_mb(bundle, settings),
         kv_tokens=kv_tokens,
         kv_bytes=kv_bytes(decoder_dims(bundle), kv_tokens, manifest.dtype),
         flops=graph_flops(bundle, settings.text_tokens),
+        end_to_end=[
+            {"new_tokens": n, "ms": median[name], "spread": spread(times[name])}
+            for n in settings.lengths or (settings.new_tokens,)
+            for name in (f"end_to_end_{n}",)
+        ],
+        floor={},
     )
-
-
-def decoder_dims(bundle: Bundle) -> DecoderDims:
-    """The decoder's sizes out of the manifest."""
-    values = bundle.manifest.model.model_dump()
-    return DecoderDims(**{name: values[name] for name in DecoderDims.__dataclass_fields__})
 
 
 def graph_flops(bundle: Bundle, text_tokens: int) -> int:
     """Operations of the decoder's prefill, counted over the exported graph's nodes."""
-    layout = bundle.manifest.layout
     file = bundle.folder / bundle.manifest.graphs[PREFILL].file
-    sizes = {"batch": 1, "sequence": text_tokens + layout.total, "kept": text_tokens + layout.kept_kv}
-    for tier in layout.used_tiers():
-        sizes[ffn_dim_name(tier)] = text_tokens + sum(layout.ffn_mask(tier))
-    dims = decoder_dims(bundle)
-    share = dims.experts_per_token / dims.experts if dims.experts else 1.0
-    return count_flops(onnx.load(file, load_external_data=False), sizes, share)
+    model = onnx.load(file, load_external_data=False)
+    return count_flops(model, prefill_sizes(bundle, text_tokens), experts_share(decoder_dims(bundle)))
 
 
-def peak_rss_mb(bundle: Bundle, settings: BenchSettings) -> float:
-    """Peak resident memory of a process of its own that runs the bundle once."""
-    command = [sys.executable, "-m", "skipvision_export.benchmark.memory"]
-    command += [str(bundle.folder), str(settings.text_tokens), str(settings.new_tokens)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def peak_rss_mb(bundle: Bundle, settings: BenchSettings, batch: int = 1, concurrency: int = 1) -> float:
+    """Peak resident memory, MiB, of a process of its own that runs so many prompts once.
+
+    batch: prompts in one run; concurrency: runs at the same time.
+    """
+    command = [sys.executable, "-m", "skipvision_export.benchmark.memory", str(bundle.folder)]
+    numbers = (settings.text_tokens, settings.new_tokens, settings.threads, batch, concurrency)
+    done = subprocess.run([*command, *map(str, numbers)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
         raise SkipVisionError(f"measuring the memory of {bundle.folder} failed: {last}")
     return float(json.loads(done.stdout)["peak_rss_mb"])
 
@@ -207,5 +242,6 @@ def machine() -> dict[str, str | int]:
     }
 
 
-def _spread(values: Any) -> tuple[float, float]:
+def spread(values: Any) -> tuple[float, float]:
+    """10th and 90th percentile."""
     return float(np.percentile(values, 10)), float(np.percentile(values, 90))

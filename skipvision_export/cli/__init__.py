@@ -8,12 +8,15 @@ import sys
 import typer
 
 from skipvision_export.cli import (
+    bench,
     build,
     bundle_commands,
     calibrate,
     demo,
     finetune,
     model_commands,
+    pareto,
+    report,
     rewrite,
     serve,
 )
@@ -39,7 +42,9 @@ app.command()(rewrite.rewrite)
 app.command()(finetune.finetune)
 app.command()(calibrate.calibrate)
 app.command()(bundle_commands.validate)
-app.command()(bundle_commands.bench)
+app.command()(bench.bench)
+app.command()(pareto.pareto)
+app.command()(report.report)
 app.command()(bundle_commands.generate)
 app.command()(bundle_commands.evaluate)
 app.command()(build.build)

@@ -1,4 +1,4 @@
-"""Commands on a bundle: validate, bench, generate, evaluate."""
+"""Commands on a bundle: validate, generate, evaluate."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from skipvision_export.cli.common import (
     ThreadsOption,
     choose_config,
     finish,
-    si,
 )
 from skipvision_export.config import SkipVisionConfig
 from skipvision_export.errors import BundleError, CheckFailed, ConfigError
@@ -140,52 +139,6 @@ def gap_line(gap: Gap) -> str:
         f"{gap.name:<9} {'FAILED' if gap.failures() else 'ok':<7} max_abs {worst.max_abs:.2e} ({limit})  "
         f"cosine {worst.cosine:.8f}  sqnr {worst.sqnr_db:.1f} dB  "
         f"greedy tokens equal {gap.greedy_match:.1%} of {gap.n}{choice}"
-    )
-
-
-def bench(
-    bundle: BundleArgument,
-    against: Annotated[
-        Path | None, typer.Option(metavar="BUNDLE", help="A second bundle, such as a dense one.")
-    ] = None,
-    text_tokens: Annotated[int, typer.Option(min=4, help="Text tokens of the prompt.")] = 64,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode.")] = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 15,
-    threads: ThreadsOption = 0,
-    json: JsonOption = None,
-) -> None:
-    """Time BUNDLE: prefill, time per token, memory; with --against, interleaved, as ratios.
-
-    Ratios are the other bundle over this one: 1.5 means this one is 1.5 times faster or smaller.
-    """
-    from skipvision_export.benchmark.timing import BenchSettings
-    from skipvision_export.benchmark.timing import bench as run_bench
-    from skipvision_export.runtime.pipeline import Bundle
-
-    folders = [bundle] if against is None else [bundle, against]
-    bundles = [Bundle.load(folder, threads=threads) for folder in folders]
-    settings = BenchSettings(text_tokens, new_tokens, rounds, threads=threads)
-    progress = Progress()
-    result = run_bench(bundles, settings, progress)
-    progress("")
-    for run in result["runs"]:
-        print(bench_line(run))
-    for name, ratio in result["ratios"].items():
-        spread = result["ratio_spread"].get(name)
-        tail = f"  [{spread[0]:.2f}, {spread[1]:.2f}]" if spread else ""
-        print(f"{name:<12} {ratio:.2f} x{tail}")
-    finish(result, json)
-
-
-def bench_line(run: dict[str, Any]) -> str:
-    """One bundle's numbers in a line."""
-    low, high = run["prefill_ms_spread"]
-    kind = run["dtype"] + (f", {run['weights']} weights" if run["weights"] else "")
-    return (
-        f"{run['bundle']} ({run['preset']}, {run['backend']}, {kind}): prefill "
-        f"{run['prefill_ms']:.1f} ms [{low:.1f}, {high:.1f}], {run['decode_ms_per_token']:.2f} ms a "
-        f"token, peak {run['peak_rss_mb']:.0f} MB, K/V {si(run['kv_bytes'], 'B')}, "
-        f"{si(run['flops'], 'FLOP')}"
     )
 
 

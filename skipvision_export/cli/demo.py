@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -107,12 +108,15 @@ def run_demo(
     checkpoint: what the dense bundle is made of; finetuned: what the skipping one is, maybe the same.
     """
     from skipvision_export.benchmark import accuracy, sibling
+    from skipvision_export.benchmark.blame import compare_layers
+    from skipvision_export.benchmark.pareto import BASELINES, measure_pareto
     from skipvision_export.benchmark.parity import measure_gaps, prompts_from
     from skipvision_export.benchmark.timing import BenchSettings, bench
     from skipvision_export.exporter import trace_model
     from skipvision_export.models.loading import resolve_model
-    from skipvision_export.report import render_report
+    from skipvision_export.report import picture_cards, render_report
     from skipvision_export.runtime.data import load_imagefolder
+    from skipvision_export.runtime.pipeline import Bundle
     from skipvision_export.runtime.torch_reference import TorchReference
 
     samples = load_imagefolder(data, questions)
@@ -129,6 +133,7 @@ def run_demo(
         prompts_from(samples[:parity_questions]),
         progress=partial(_tell, progress, "parity"),
     )
+    parity.by_layer = compare_layers(skip, reference, prompts_from(samples[:1])[0])
     accuracies = {
         name: accuracy.evaluate(accuracy.BundleAnswerer(bundle), asked, partial(_tell, progress, name))
         for name, bundle, asked in (
@@ -138,6 +143,22 @@ def run_demo(
         )
     }
     with tempfile.TemporaryDirectory() as scratch:
+        baselines = {
+            name: traced.write(Path(scratch) / name, replace(config, name=name, selector=name))
+            for name in BASELINES
+        }
+        # On one thread: of a model so small two wait for each other, unless nothing else runs.
+        quick = BenchSettings(new_tokens=8, rounds=rounds, threads=1)
+        against_time = measure_pareto(
+            {
+                name: Bundle.load(bundle.folder, verify=False, threads=1)
+                for name, bundle in ({"dense": dense, "skip": skip} | baselines).items()
+            },
+            samples,
+            quick,
+            asked=accuracies,
+            progress=partial(_tell, progress, "against time"),
+        )
         progress("sibling: random weights")
         parameters = sibling.write_sibling(Path(scratch) / "sibling")
         larger = trace_model(
@@ -153,11 +174,15 @@ def run_demo(
     html = render_report(
         title="a tiny VLM, end to end",
         manifest=skip.manifest,
-        samples=samples,
+        machine=times["machine"],
+        cards=picture_cards(skip, samples, {name: accuracies[name].answers for name in ("dense", "skip")}, 6),
         accuracies=accuracies,
-        parity=parity,
+        validated=parity.to_json(),
         bench=times,
-        parameters=parameters,
+        bench_names=("skip", "dense"),
+        bench_note=f"On a sibling with random weights, {parameters / 1e6:.0f} M parameters: a model as small "
+        "as the trained one says little about time.",
+        pareto=against_time,
     )
     (folder / "report.html").write_text(html, encoding="utf-8")
     result = {
@@ -168,6 +193,7 @@ def run_demo(
         "ratios": times["ratios"],
         "ratio_spread": times["ratio_spread"],
         "sibling": {"parameters": parameters, **times},
+        "pareto": against_time,
     }
     return result, parity.passed
 

@@ -92,6 +92,7 @@ def inspect(
             f"{si(row['prefill_flops']):>15}{share:>6.0%}{si(row['kv_bytes'], 'B'):>12}"
             f"{si(row['memory_bytes'], 'B'):>10}"
         )
+    print("FLOPs and bytes are counted, not timed: what they save in time, `skipvision bench` measures")
     for why, names in _grouped(result["unsupported"]).items():
         print(f"{', '.join(names)}: {why}")
     finish(result, json)

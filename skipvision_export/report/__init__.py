@@ -1,5 +1,6 @@
-"""The HTML report of a demo."""
+"""One page of evidence as HTML, and its charts."""
 
 from skipvision_export.report.render import render_report, speed_rows
+from skipvision_export.report.token_maps import picture_cards
 
-__all__ = ["render_report", "speed_rows"]
+__all__ = ["picture_cards", "render_report", "speed_rows"]

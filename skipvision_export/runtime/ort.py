@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ _NUMPY = {"float": np.float32, "float16": np.float16, "int64": np.int64}
 
 
 class OrtBackend:
-    """The four graphs of a bundle, each loaded when it is first run.
+    """The four graphs of a bundle, each loaded when it is first run; several threads may run them at once.
 
     Tensors stay OrtValues between runs, so that a cache is never copied to numpy and back.
     """
@@ -65,6 +66,8 @@ class OrtBackend:
         self._forms = {graph: f"{graph}.{self.name}" for graph in manifest.graphs}
         self._forms = {graph: form for graph, form in self._forms.items() if form in forms}
         self._sessions: dict[str, ort.InferenceSession] = {}
+        # Threads that load at once would take shared weights from under each other.
+        self._loading = threading.Lock()
 
     def session(self, graph: str) -> ort.InferenceSession:
         """The session of one graph.
@@ -77,18 +80,19 @@ class OrtBackend:
                 f"{self.folder} is bfloat16, which ONNX Runtime has no CPU kernels for; export again with "
                 "--dtype float32 or float16 to run it here (bfloat16 is for TensorRT and CUDA)"
             )
-        if graph not in self._sessions:
-            file = self.folder / self.graphs[graph].file
-            try:
-                # Of shared weights there is nothing of the session's own to speak of.
-                with huge_pages() if self._weights is None else contextlib.nullcontext():
-                    self._sessions[graph] = ort.InferenceSession(
-                        str(file), self._options(file), providers=list(self.providers)
-                    )
-            except Exception as error:  # onnxruntime raises its own kinds, none of them public
-                first = str(error).strip().splitlines()[0]
-                raise BundleError(f"ONNX Runtime cannot load {file}: {first}") from None
-        return self._sessions[graph]
+        with self._loading:
+            if graph not in self._sessions:
+                self._sessions[graph] = self._load(self.folder / self.graphs[graph].file)
+            return self._sessions[graph]
+
+    def _load(self, file: Path) -> ort.InferenceSession:
+        try:
+            # Of shared weights there is nothing of the session's own to speak of.
+            with huge_pages() if self._weights is None else contextlib.nullcontext():
+                return ort.InferenceSession(str(file), self._options(file), providers=list(self.providers))
+        except Exception as error:  # onnxruntime raises its own kinds, none of them public
+            first = str(error).strip().splitlines()[0]
+            raise BundleError(f"ONNX Runtime cannot load {file}: {first}") from None
 
     def _options(self, file: Path) -> ort.SessionOptions:
         options = ort.SessionOptions()

@@ -10,8 +10,8 @@ from conftest import EXAMPLE
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from skipvision_export.benchmark.floor import decoder_dims
 from skipvision_export.benchmark.flops import count_flops
-from skipvision_export.benchmark.timing import decoder_dims
 from skipvision_export.cli import run
 from skipvision_export.graph.passes.names import PREFILL
 from skipvision_export.runtime.pipeline import Bundle
@@ -137,13 +137,28 @@ def test_validate_fails_on_a_broken_bundle(tiny_folder, bundle_folder, tmp_path,
 
 
 def test_bench(bundle_folder, dense_folder, tmp_path):
-    args = ("--against", dense_folder, "--rounds", 2, "--new-tokens", 3)
+    args = ("--against", dense_folder, "--rounds", 2, "--new-tokens", "1,3", "--concurrency", 2)
     result = ok(tmp_path, "bench", bundle_folder, *args)
     assert len(result["runs"]) == 2
     for row in result["runs"]:
         assert row["prefill_ms"] > 0
         assert row["peak_rss_mb"] > 10
         assert {"backend", "dtype", "decode_ms_per_token", "kv_bytes", "flops"} <= set(row)
+        first, last = row["end_to_end"]
+        assert (first["new_tokens"], last["new_tokens"]) == (1, 3)
+        assert first["ms"] == row["ttft_ms"] < last["ms"]
+        assert set(row["floor"]) == {"vision", "prefill", "decode"}
+        for floor in row["floor"].values():
+            assert floor["multiple"] * floor["floor_ms"] > 0
+    (point,) = result["load"]
+    assert (point["batch"], point["concurrency"], point["new_tokens"]) == (1, 2, 3)
+    assert [row["bundle"] for row in point["runs"]] == [row["bundle"] for row in result["runs"]]
+    for row in point["runs"]:
+        assert row["tokens_per_s"] == pytest.approx(3 * row["requests_per_s"])
+        assert row["latency_p95_ms"] >= row["latency_ms"] > row["ttft_ms"]
+        assert row["peak_rss_mb"] > 10
+    low, high = point["ratio_spread"]["tokens_per_s"]
+    assert low <= point["ratios"]["tokens_per_s"] <= high
     low, high = result["ratio_spread"]["prefill"]
     assert low <= result["ratios"]["prefill"] <= high
     dims = decoder_dims(Bundle.load(bundle_folder))
@@ -274,6 +289,12 @@ def test_bad_choices(capsys, tiny_folder, tmp_path):
     refused(capsys, "pass_through 'all'", *export, "--preset", "skip-50", "--pass-through", "all")
     refused(capsys, "dtype", *export, "--dense", "--dtype", "int3")
     refused(capsys, "target", *export, "--dense", "--target", "toaster")
+
+
+def test_bad_lists_of_numbers(capsys, bundle_folder):
+    for given in "0", "2000", "8,x", "":
+        refused(capsys, "expected numbers from 1", "bench", bundle_folder, "--batch", given)
+    refused(capsys, "2 or more", "bench", bundle_folder, "--new-tokens", "1")
 
 
 def test_usage(capsys):

@@ -11,8 +11,9 @@ from families import FAMILIES
 from family_check import LIMIT, PARITY, Subject
 
 from skipvision_export import SkipVisionConfig
+from skipvision_export.benchmark.floor import decoder_dims
 from skipvision_export.benchmark.flops import prefill_cost
-from skipvision_export.benchmark.timing import decoder_dims, graph_flops
+from skipvision_export.benchmark.timing import graph_flops
 from skipvision_export.bundle import check_room
 from skipvision_export.bundle.room import memory_needed
 from skipvision_export.cli import run
