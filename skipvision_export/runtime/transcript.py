@@ -14,9 +14,10 @@ class Transcript:
 
     token_ids: generated ids, the end token included; logits: one [vocab] float32 row for each of
     them, where asked for; kv: [K or V of each layer in turn], [H, K, Dh] right after prefill, where
-    asked for; retained_tokens, skipped_tokens: of all pictures; raster, laid: the images' features
-    [N*V, D] and [N*layout.total, D], before and after they are laid out, and order: the tokens of each as
-    they were chosen, [N, V], empty where nothing had to be chosen; all three only where asked for.
+    asked for; next_position: of the first generated token, dropped ones counted; retained_tokens,
+    skipped_tokens: of all pictures; raster, laid: the images' features [N*V, D] and [N*layout.total, D],
+    before and after they are laid out, and order: the tokens of each as they were chosen, [N, V], empty
+    where nothing had to be chosen; all three only where asked for.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -29,6 +30,7 @@ class Transcript:
     retained_tokens: int = 0
     skipped_tokens: int = 0
     prompt_tokens: int = 0
+    next_position: int = 0
     kv_tokens_after_prefill: int = 0
     vision_ms: float = 0.0
     prefill_ms: float = 0.0
