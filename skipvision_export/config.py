@@ -243,15 +243,14 @@ class SkipVisionConfig:
             )
         if self.tiled != tiled:
             kinds = {True: "a thumbnail and tiles", False: "one crop for each image"}
-            instead = "use a preset by share such as skip-50, or --retained N --skipped N"
+            instead = "use a preset by share such as skip-50"
             if tiled:
                 instead = (
-                    f"retain the thumbnail and merge the tiles, however many: --retained {visual_tokens} "
-                    "--skipped N"
+                    f"its thumbnail is retained, its tiles merged: --retained {visual_tokens} --skipped N"
                 )
             raise ConfigError(
-                f"preset {self.name!r} is for models with {kinds[self.tiled]}, this model has {kinds[tiled]}; "
-                f"{instead}"
+                f"preset {self.name!r} is for models with {kinds[self.tiled]}, this model has "
+                f"{kinds[tiled]}; {instead}"
             )
         layers = self.layer_shares
         if layers is not None and num_layers is not None and len(layers) != num_layers:

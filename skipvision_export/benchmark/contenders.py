@@ -171,7 +171,8 @@ class Contenders:
     @cached_property
     def _plain(self) -> Generator:
         wide = self.wide
-        return Generator(OrtBackend(wide.folder, wide.manifest, optimize=False), wide.manifest)
+        plain = OrtBackend(wide.folder, wide.manifest, optimize=False, providers=wide.backend.providers)
+        return Generator(plain, wide.manifest)
 
     @cached_property
     def _everything(self) -> Generator:

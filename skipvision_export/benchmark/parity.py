@@ -105,7 +105,7 @@ ROUNDED_GAPS = GAPS | {
 }
 _WIDE = "weights rounded to {numbers} on both sides, computed in float32"
 NOTES = {
-    "backend": "ONNX Runtime CPU, all optimizations against none",
+    "backend": "ONNX Runtime on {device}, all optimizations against none",
     "method": "reported, not limited",
 }
 ROUNDED_NOTES = NOTES | {"export": _WIDE, "rewrite": _WIDE}
@@ -185,6 +185,9 @@ def measure_gaps(
             for name in names:
                 made[name].append(getattr(contenders, name)(prompt))
 
+    def words(note: str) -> str:
+        return note.format(numbers=numbers_of(manifest), device=bundle.backend.device)
+
     def gap(name: str) -> Gap:
         sets: list[tuple[Any, ...]] = list(zip(*(made[side] for side in table[name]), strict=True))
         if len(table[name]) == 3:
@@ -194,7 +197,7 @@ def measure_gaps(
             return found
         notes = NOTES if exact else ROUNDED_NOTES
         limit = None if name == "method" else LIMIT
-        done = compare_steps(name, sets, limit, notes.get(name, "").format(numbers=numbers_of(manifest)))
+        done = compare_steps(name, sets, limit, words(notes.get(name, "")))
         return _without_kv(done) if name == "method" else done
 
     return ParityReport(

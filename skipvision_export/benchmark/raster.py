@@ -12,6 +12,7 @@ import onnxruntime as ort
 
 from skipvision_export.graph.passes.names import PLACES, RASTER_FEATURES, TOKEN_ORDER, VISION
 from skipvision_export.runtime.generation import Pixels
+from skipvision_export.runtime.ort import provider_options
 from skipvision_export.runtime.pipeline import Bundle
 from skipvision_export.runtime.varying import LaidPictures, Patches, VaryingPictures
 
@@ -44,7 +45,10 @@ class RasterEncoder:
             "session.model_external_initializers_file_folder_path", str(file.parent)
         )
         self._session = ort.InferenceSession(
-            ir.to_proto(model).SerializeToString(), options, providers=list(bundle.backend.providers)
+            ir.to_proto(model).SerializeToString(),
+            options,
+            providers=list(bundle.backend.providers),
+            provider_options=provider_options(bundle.backend.providers),
         )
 
     def __call__(self, pixel_values: Pixels) -> Any:
