@@ -55,7 +55,7 @@ def command(tiny_folder, bundle_folder, questions_folder, tmp_path_factory):
         "generate": [bundle_folder, "--prompt", "What?", *few],
         "validate": [bundle_folder, *model, "--samples", 1, *few],
         "bench": [bundle_folder, "--rounds", 1],
-        "demo": [],
+        "demo": ["--questions", 8, "--parity-questions", 1, "--rounds", 1],
     }
     made["rewrite"] = [optimum_decoder(made["rewrite"][0])]
     files = {"rewrite": "out.onnx", "calibrate": "policy.json"}
@@ -85,7 +85,7 @@ def test_a_full_disk(disk, command, capsys, name):
     said = refused(capsys, args)
     assert any(words in said for words in ("no space left", "bytes left", "B left")), said
     assert [file.name for file in disk.iterdir()] == ["filler"]
-    assert mount("-o", "remount,size=256m", disk)
+    assert mount("-o", "remount,size=1g", disk)
     assert run([str(arg) for arg in args]) == 0
     assert any((disk / "a").iterdir())
 
