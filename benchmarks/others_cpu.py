@@ -3,7 +3,7 @@
 The model and the graphs are those of benchmarks/decoder_cpu.py (hidden 1024, 16 layers, 1,088 tokens of which
 192 stay): its docstring says how to make them. Every graph takes its turn on the same inputs.
 
-Run from the repository's root on an idle machine, about five minutes on two cores:
+Run from the repository's root on an idle machine, about two minutes on two cores:
 
 python benchmarks/others_cpu.py --genai genai --json benchmarks/results/others_cpu.json
 """
@@ -118,7 +118,7 @@ def main() -> None:
     )
     parser.add_argument("--genai", type=Path, required=True, help="folder with the builder's fp32 and int4")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     result: dict[str, Any] = {"machine": machine(), "tokens": TOKENS, "kept": KEPT}

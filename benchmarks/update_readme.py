@@ -31,12 +31,16 @@ SOURCES = {
         "half_types",
         "kv_prune_ort",
         "decoder_cpu",
+        "others_cpu",
         "int4_tiny",
         "export_size",
         "families",
         "pareto_tiny",
     )
 }
+# Of others_cpu.json, what the README shows.
+PREFILLS = ("as exported", "rewritten, every row", "rewritten, skipping")
+DECODES = ("as exported, all cached", "rewritten, all cached", "rewritten, pruned cache")
 PICTURE = ROOT / "docs" / "retained.png"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
@@ -269,6 +273,28 @@ def decoder_rows(result: dict[str, Any]) -> list[str]:
     return [*rows, ""]
 
 
+def others_rows(result: dict[str, Any]) -> list[str]:
+    """Decoders of onnxruntime-genai's builder before and after `skipvision rewrite`."""
+    steps = {kind: result[kind]["decode_steps"] for kind in ("fp32", "int4")}
+
+    def cells(kind: str) -> str:
+        prefill, decode = result[kind]["prefill_ms"], result[kind]["decode_ms"]
+        columns = [prefill[name]["median"] for name in PREFILLS]
+        columns += [decode[name]["median"] / steps[kind] for name in DECODES]
+        return " | ".join(f"{ms:.{0 if ms > 100 else 1}f}" for ms in columns)
+
+    return [
+        "**That decoder as genai's builder writes it**, before and after `skipvision rewrite` "
+        f"({result['kept']} of {result['tokens']:,} tokens in the FFN and kept), median ms of prefill and of "
+        "a token of decode; of another run than the table above, so compare within a row:",
+        "",
+        "| | prefill, " + " | prefill, ".join(PREFILLS) + " | decode, " + " | decode, ".join(DECODES) + " |",
+        "|---" * (1 + len(PREFILLS) + len(DECODES)) + "|",
+        *(f"| {kind} | {cells(kind)} |" for kind in steps),
+        "",
+    ]
+
+
 def int4_rows(results: dict[str, Any]) -> list[str]:
     """Accuracy, bytes and speed of 4-bit weights."""
     tiny, decoder = results["int4_tiny"]["presets"], results["decoder_cpu"]
@@ -343,6 +369,7 @@ def table(results: dict[str, Any]) -> str:
         *half_rows(results["half_types"]),
         *custom_op_rows(results["kv_prune_ort"]),
         *decoder_rows(results["decoder_cpu"]),
+        *others_rows(results["others_cpu"]),
         *int4_rows(results),
         *export_rows(results["export_size"]),
         *family_rows(results["families"]),

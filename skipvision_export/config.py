@@ -243,8 +243,10 @@ class SkipVisionConfig:
             )
         if self.tiled != tiled:
             kinds = {True: "a thumbnail and tiles", False: "one crop for each image"}
+            counts = f"--retained {visual_tokens} --skipped N"
             raise ConfigError(
-                f"preset {self.name!r} is for models with {kinds[self.tiled]}, this model has {kinds[tiled]}"
+                f"preset {self.name!r} is for models with {kinds[self.tiled]}, this model has "
+                f"{kinds[tiled]}; use {counts if tiled else 'a preset by share'}"
             )
         layers = self.layer_shares
         if layers is not None and num_layers is not None and len(layers) != num_layers:

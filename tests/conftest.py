@@ -14,6 +14,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from cpp_build import configure_and_build, need_tools, wheel_library
+from families import FAMILIES, QWEN
+from family_check import Subject
+from full import FULL
 from questions import write_questions
 from tiny import write_tiny
 
@@ -97,6 +100,18 @@ def example_in(finetuned: TracedModel, tmp_path_factory: pytest.TempPathFactory)
         return traced.write(folder / dtype, SkipVisionConfig.preset("quarter")).folder
 
     return make
+
+
+@pytest.fixture(scope="session", params=tuple(QWEN) if FULL else ("qwen3_vl",))
+def any_shape(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    """A random model that takes pictures of any shape, traced, and its bundle that skips."""
+    return Subject.make(FAMILIES[request.param], tmp_path_factory.mktemp("any_shape"))
+
+
+@pytest.fixture(scope="session")
+def any_shape_dense(any_shape: Subject, tmp_path_factory: pytest.TempPathFactory) -> Bundle | None:
+    """Its bundle in which nothing is skipped."""
+    return any_shape.dense(tmp_path_factory.mktemp("dense") / "bundle")
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ def test_the_named_layer_is_the_wrong_one(bundle, recorded, tmp_path, part):
     wrong = []
     for seed in range(part, FAULTS, PARTS):
         rng = np.random.default_rng(seed)
-        fault = draw(rng, bundle.manifest.model.num_layers, len(recorded.taps.vision_layers))
+        fault = draw(rng, bundle.manifest.model.num_layers, len(recorded.taps.paths.vision_layers))
         broken = inject(bundle, tmp_path / str(seed), fault, rng, token)
         verdict = judge(broken, recorded).verdict
         if verdict is None or not fits(fault, verdict):

@@ -64,7 +64,10 @@ def test_a_merge_that_is_off_is_caught(bundle, reference, tmp_path):
 def test_what_does_not_fit_is_refused(traced, capsys, tmp_path):
     folder = str(traced.source.folder)
     assert run(["export", folder, "-o", str(tmp_path / "out"), "--preset", "skip-75"]) == 2
-    assert "a thumbnail and tiles" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "a thumbnail and tiles" in said and "--retained 64 --skipped N" in said
+    asked = ["--retained", "64", "--skipped", "16", "--dry-run"]
+    assert run(["export", folder, "-o", str(tmp_path / "out"), *asked]) == 0
     assert run(["inspect", folder]) == 0
     out = capsys.readouterr().out
     assert "320 visual tokens" in out

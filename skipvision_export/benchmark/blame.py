@@ -26,7 +26,6 @@ from skipvision_export.graph.passes.names import (
     present_names,
 )
 from skipvision_export.graph.passes.regions import is_product, module_path
-from skipvision_export.graph.taps import Tap, leaving, module_taps
 from skipvision_export.runtime.batch import PromptBatch
 from skipvision_export.runtime.pipeline import Bundle
 from skipvision_export.runtime.prompt import PromptInputs
@@ -89,25 +88,28 @@ def compare_layers(bundle: Bundle, reference: TorchReference, prompt: Prompt) ->
 
 def judge(bundle: Bundle, recorded: Recorded) -> LayerReport:
     """Compare a bundle with what was recorded, within the limits of its type; raises as `compare_layers`."""
-    return _Comparison(bundle, recorded).report()
+    return Comparison(bundle, recorded).report()
 
 
 def residual_stream(taps: TorchTaps, call: Call) -> dict[str, Array]:
     """The residual stream behind attention and FFN of each layer, [B, S, D]."""
-    behind = [*taps.decoder_layers[1:], taps.last_norm]
-    found = {}
-    for i, (ffn, after) in enumerate(zip(taps.ffns, behind, strict=True)):
+    paths, found = taps.paths, {}
+    behind = [*paths.decoder_layers[1:], paths.last_norm]
+    for i, (ffn, after) in enumerate(zip(paths.ffns, behind, strict=True)):
         found[f"layers.{i}.attention"] = call.entered[ffn]
         found[f"layers.{i}.ffn"] = call.entered[after]
     return found
 
 
-class _Comparison:
+class Comparison:
+    """A bundle's graphs beside what was recorded of the model."""
+
     def __init__(self, bundle: Bundle, recorded: Recorded) -> None:
-        self.bundle = bundle
+        """Nothing runs yet."""
+        self.bundle, self.dtype = bundle, bundle.manifest.dtype
         self.done, self.taps, self.placed = recorded.done, recorded.taps, recorded.placed
         self.points: list[Point] = []
-        self._behind: dict[tuple[str, str], Callable[[], tuple[str, list[str]]]] = {}
+        self.behind: dict[tuple[str, str], Callable[[], tuple[str, list[str]]]] = {}
         info = self.bundle.manifest
         self._files = {
             name: self.bundle.folder / graph.file for name, graph in (info.graphs | info.variants).items()
@@ -131,33 +133,28 @@ class _Comparison:
         embeds = self._embed(laid, features)
         cache = self._prefill(feeds, embeds)
         self._decode(cache, kept, self.bundle.generator.next_positions(prompt, pictures))
-        verdict = blame(self.points, self.bundle.manifest.dtype)
+        verdict = blame(self.points, self.dtype)
         if verdict is None or verdict.kind == "rounding":
             return LayerReport(self.points, verdict)
         at = verdict.point
-        module, nodes = self._behind[at.graph, at.name]() if not verdict.shared else ("", [])
+        module, nodes = self.behind[at.graph, at.name]() if not verdict.shared else ("", [])
         return LayerReport(self.points, verdict, module, nodes)
 
     # -- graphs ----------------------------------------------------------------------------------
 
     def _vision(self) -> dict[str, Array]:
         """Compare the vision encoder; returns what it gives in the chain."""
-        call, paths = self.taps.vision, self.taps.vision_layers
+        call, paths = self.taps.vision, self.taps.paths.vision_layers
         expected = {f"vision.layers.{i}": call.left[path] for i, path in enumerate(paths)}
 
-        def find(graph: ir.Graph) -> list[Tap]:
-            taps = [Tap(f"vision.layers.{i}", leaving(graph, path)) for i, path in enumerate(paths)]
-            raster = next((v for n in graph for v in n.outputs if v.name == RASTER_FEATURES), None)
-            return [*taps, *([Tap(RASTER_FEATURES, raster)] if raster is not None else [])]
-
-        tapped = self._tapped(VISION, find)
+        tapped = self._tapped(VISION)
         assert self.done.raster is not None and self.done.laid is not None
         expected |= {RASTER_FEATURES: self.done.raster, IMAGE_FEATURES: self.done.laid}
         scopes: dict[str, tuple[str, ...]] = {
             name: (path,) for name, path in zip(expected, paths, strict=False)
         }
         scopes[RASTER_FEATURES] = scopes[IMAGE_FEATURES] = ("projector",)
-        return self._compare(tapped, VISION, self._picture(), None, expected, call, scopes)
+        return self.compare(tapped, VISION, self._picture(), None, expected, call, scopes)
 
     def _picture(self) -> dict[str, Array]:
         """The vision encoder's inputs."""
@@ -169,11 +166,11 @@ class _Comparison:
 
     def _embed(self, laid: Array, features: Array) -> Array:
         """Compare embeddings; returns those in the chain."""
-        tapped = self._tapped(EMBED, lambda graph: [])
+        tapped = self._tapped(EMBED)
         feeds = {"input_ids": self.placed.input_ids, "image_features": laid}
         expected = {"inputs_embeds": self.taps.steps[0].entered["inputs_embeds"]}
         chain = feeds | {"image_features": features}
-        chained = self._compare(tapped, EMBED, feeds, chain, expected, self.taps.steps[0], {})
+        chained = self.compare(tapped, EMBED, feeds, chain, expected, self.taps.steps[0], {})
         return chained["inputs_embeds"]
 
     def _prefill(self, feeds: dict[str, Array], embeds: Array) -> dict[str, Array]:
@@ -184,10 +181,10 @@ class _Comparison:
         expected["logits"] = self.done.logits[0]
         given = feeds | {"inputs_embeds": call.entered["inputs_embeds"]}
         chained: dict[str, Array] = {}
-        for graph in self._forms(PREFILL):
-            tapped = self._tapped(graph, lambda each: self._decoder_taps(each, call))
+        for graph in self.forms(PREFILL):
+            tapped = self._tapped(graph)
             chain = feeds | {"inputs_embeds": embeds}
-            chained = self._compare(tapped, graph, given, chain, expected, call, self._scopes())
+            chained = self.compare(tapped, graph, given, chain, expected, call, self._scopes())
         return {name: chained[name] for name in self._present}
 
     def _decode(self, cache: dict[str, Array], kept: Array, position: Array) -> None:
@@ -208,7 +205,7 @@ class _Comparison:
         own = np.asarray(generator.backend.numpy(generator.embed(token)))
         given = {name: kv[None] for name, kv in zip(self._present, self.done.kv, strict=True)}
         cache = {name: array[:, :, kept[0]] for name, array in cache.items()}
-        for graph in self._forms(DECODE):
+        for graph in self.forms(DECODE):
             # A form over one buffer needs room for the new position, and gives the buffer out.
             room = int(graph != DECODE)
 
@@ -216,39 +213,30 @@ class _Comparison:
                 pads = ((0, 0), (0, 0), (0, room), (0, 0))
                 return {past_name(name): np.pad(array, pads) for name, array in arrays.items()}
 
-            tapped = self._tapped(graph, lambda each: self._decoder_taps(each, call))
+            tapped = self._tapped(graph)
             alone = feeds | past(given) | {"inputs_embeds": call.entered["inputs_embeds"]}
             chain = feeds | past(cache) | {"inputs_embeds": own}
-            self._compare(tapped, graph, alone, chain, expected, call, self._scopes(), new=cached)
+            self.compare(tapped, graph, alone, chain, expected, call, self._scopes(), new=cached)
 
     # -- parts -----------------------------------------------------------------------------------
 
-    def _forms(self, graph: str) -> list[str]:
+    def forms(self, graph: str) -> list[str]:
         """The graph, and its form for ONNX Runtime where there is one."""
         return [name for name in (graph, f"{graph}.{ONNXRUNTIME}") if name in self._files]
 
-    def _tapped(self, graph: str, find: Callable[[ir.Graph], Sequence[Tap]]) -> TappedGraph:
+    def _tapped(self, graph: str) -> TappedGraph:
+        find = partial(self.taps.paths.taps, graph)
         return TappedGraph(self._files[graph], find, self.bundle.backend.providers)
-
-    def _decoder_taps(self, graph: ir.Graph, call: Call) -> list[Tap]:
-        first = [call.first_of(layer) for layer in self.taps.decoder_layers]
-        behind = [*first[1:], self.taps.last_norm]
-        places = [
-            place
-            for i, (ffn, after) in enumerate(zip(self.taps.ffns, behind, strict=True))
-            for place in ((f"layers.{i}.attention", ffn), (f"layers.{i}.ffn", after))
-        ]
-        return module_taps(graph, places)
 
     def _scopes(self) -> dict[str, tuple[str, ...]]:
         """Which modules may be behind each tensor."""
-        found: dict[str, tuple[str, ...]] = {"logits": (self.taps.last_norm, "head")}
-        for i, path in enumerate(self.taps.decoder_layers):
+        found: dict[str, tuple[str, ...]] = {"logits": (self.taps.paths.last_norm, "head")}
+        for i, path in enumerate(self.taps.paths.decoder_layers):
             names = (f"present.{i}.key", f"present.{i}.value", f"layers.{i}.attention", f"layers.{i}.ffn")
             found |= dict.fromkeys(names, (path,))
         return found
 
-    def _compare(
+    def compare(
         self,
         tapped: TappedGraph,
         graph: str,
@@ -273,7 +261,7 @@ class _Comparison:
                 else {"alone": alone[name], "chained": chained[name]}
             )
             self.points.append(point(graph, name, expected[name], **rows))
-            self._behind[graph, name] = partial(
+            self.behind[graph, name] = partial(
                 self._zoom, tapped, feeds, given, call, scopes.get(name, ()), name
             )
         return chained
@@ -296,7 +284,7 @@ class _Comparison:
         values = tapped.from_given(feeds, given, inside)[1]
         nodes = [node for node in tapped.nodes() if inside(node)]
         steps = [step for step in call.checkpoints if _within(step[0], scopes)]
-        ffn = next((path for path in self.taps.ffns if _within(path, scopes)), None)
+        ffn = next((path for path in self.taps.paths.ffns if _within(path, scopes)), None)
         at = next((i for i, step in enumerate(steps) if step[0] == ffn), len(steps))
         limit = ALONE_DB[self.bundle.manifest.dtype]
         steps = steps[at:] if name.endswith(".ffn") else steps[:at]
@@ -304,11 +292,11 @@ class _Comparison:
             if not any(_matches(array, value, limit) for _, _, value in values):
                 if kind == "input":  # between modules: the last of the nodes in the one around them
                     module = path.rpartition(".")[0]
-                    return module, _named([node for node in nodes if module_path(node) == module][::-1])
+                    return module, telling([node for node in nodes if module_path(node) == module][::-1])
                 # Projections that are packed as one stand in the module of the first.
                 own = [node for node in nodes if module_path(node) == path]
-                return path, _named(own or [node for node in nodes if is_product(node)])
-        return ", ".join(scopes[:1]), _named(tapped.behind(name))
+                return path, telling(own or [node for node in nodes if is_product(node)])
+        return ", ".join(scopes[:1]), telling(tapped.behind(name))
 
 
 def _within(path: str, scopes: Sequence[str]) -> bool:
@@ -324,7 +312,7 @@ def _matches(expected: Array, actual: Array, limit: float) -> bool:
     return tensor_gap(expected.ravel(), actual.ravel()).sqnr_db >= limit
 
 
-def _named(nodes: Sequence[ir.Node]) -> list[str]:
+def telling(nodes: Sequence[ir.Node]) -> list[str]:
     """Names of the nodes that tell most."""
     telling = [node for node in nodes if is_product(node) or node.op_type in _TELLING]
     return [str(node.name) for node in (telling or nodes)[:3]]

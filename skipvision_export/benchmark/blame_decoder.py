@@ -65,9 +65,10 @@ def compare_decoder(
 
     def find(graph: ir.Graph) -> list[Tap]:
         found = structure_taps(graph)
-        if len(found) != 2 * len(taps.ffns):
+        if len(found) != 2 * len(taps.paths.ffns):
             raise PassError(
-                f"{file} has {len(found) // 2} layers, the model has {len(taps.ffns)}: it is another model's"
+                f"{file} has {len(found) // 2} layers, the model has {len(taps.paths.ffns)}: it is another "
+                "model's"
             )
         return found
 

@@ -21,6 +21,7 @@ from skipvision_export.runtime.pipeline import Bundle
 from skipvision_export.runtime.prompt import PromptInputs
 from skipvision_export.runtime.torch_reference import TorchReference
 from skipvision_export.runtime.transcript import Transcript
+from skipvision_export.runtime.varying import LaidPictures, Patches
 from skipvision_export.runtime.widened import widened
 
 
@@ -101,7 +102,7 @@ class Contenders:
 
     def half_same(self, prompt: Prompt) -> Transcript:
         """The same on the image features of `original`."""
-        return self._patched(self.in_half, prompt, features=self._last["original"].laid)
+        return self._patched(self.in_half, prompt, same=self._last["original"])
 
     @cached_property
     def rounded(self) -> TorchReference:
@@ -127,7 +128,7 @@ class Contenders:
     def ort(self, prompt: Prompt) -> Transcript:
         """The bundle: as it runs in float32, else widened."""
         inputs = self._placed(prompt)
-        if self.exact or self.varies:
+        if self.exact:
             return self._run(self.wide.generator, inputs)
         self._last["ort"] = self._with_features(self.wide, self._raster, inputs)
         return self._last["ort"]
@@ -148,9 +149,12 @@ class Contenders:
 
     def real_same(self, prompt: Prompt) -> Transcript:
         """The same on the image features of `ort`."""
-        laid = self._last["ort"].laid
-        assert laid is not None
-        return self._run(self.bundle.generator, self._placed(prompt), features=laid[None])
+        seen, inputs = self._last["ort"], self._placed(prompt)
+        assert seen.laid is not None
+        laid: Any = seen.laid[None]
+        if isinstance(inputs.pixel_values, Patches):
+            laid = LaidPictures(laid, inputs.pixel_values.grids, tuple(seen.places))
+        return self._run(self.bundle.generator, inputs, features=laid)
 
     def check_real(self) -> None:
         """Raises BackendError where ONNX Runtime has no kernels for the bundle's type."""
@@ -167,7 +171,8 @@ class Contenders:
     @cached_property
     def _plain(self) -> Generator:
         wide = self.wide
-        return Generator(OrtBackend(wide.folder, wide.manifest, optimize=False), wide.manifest)
+        plain = OrtBackend(wide.folder, wide.manifest, optimize=False, providers=wide.backend.providers)
+        return Generator(plain, wide.manifest)
 
     @cached_property
     def _everything(self) -> Generator:
@@ -194,12 +199,15 @@ class Contenders:
 
     def _with_features(self, bundle: Bundle, raster: RasterEncoder, inputs: PromptInputs) -> Transcript:
         """A generation that records its picture's features."""
-        assert isinstance(inputs.pixel_values, np.ndarray)
         found, order = raster.run(inputs.pixel_values)
         laid = bundle.generator.encode(inputs.pixel_values)
         done = self._run(bundle.generator, inputs, features=laid)
         done.raster, done.order = np.concatenate(found).astype(np.float32), order
-        done.laid = np.concatenate(bundle.backend.numpy(laid)).astype(np.float32)
+        if isinstance(laid, LaidPictures):
+            done.places, read = list(laid.places), laid.features
+        else:
+            read = bundle.backend.numpy(laid)
+        done.laid = np.concatenate(read).astype(np.float32)
         return done
 
     def _run(self, generator: Generator, inputs: PromptInputs, **more: Any) -> Transcript:

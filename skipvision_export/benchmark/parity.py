@@ -18,7 +18,15 @@ from skipvision_export.runtime.data import Sample
 from skipvision_export.runtime.pipeline import Bundle
 from skipvision_export.runtime.torch_reference import TorchReference
 from skipvision_export.runtime.transcript import Transcript
-from skipvision_export.validation import INT4_MIN_DB, LIMIT, Gap, compare_precision, compare_steps, layer_rows
+from skipvision_export.validation import (
+    INT4_MIN_DB,
+    LIMIT,
+    Gap,
+    Groups,
+    compare_precision,
+    compare_steps,
+    layer_rows,
+)
 
 Progress = Callable[[str], None]
 
@@ -97,10 +105,9 @@ ROUNDED_GAPS = GAPS | {
 }
 _WIDE = "weights rounded to {numbers} on both sides, computed in float32"
 NOTES = {
-    "backend": "ONNX Runtime CPU, all optimizations against none",
+    "backend": "ONNX Runtime on {device}, all optimizations against none",
     "method": "reported, not limited",
 }
-_VARIES = "half types and int4 weights are compared on pictures of one size; this model's have any shape"
 ROUNDED_NOTES = NOTES | {"export": _WIDE, "rewrite": _WIDE}
 
 
@@ -113,6 +120,17 @@ def numbers_of(manifest: Manifest) -> str:
     """What a bundle's numbers are rounded to, in words."""
     half = None if manifest.dtype == "float32" else manifest.dtype
     return " and ".join(filter(None, (half, manifest.weights)))
+
+
+def groups_of(manifest: Manifest) -> Groups:
+    """Sizes of the groups that a picture's tokens are chosen for, by their number."""
+
+    def groups(visual: int) -> Sequence[int]:
+        if manifest.model.merge_size is None:
+            return manifest.layout.selection_sizes()
+        return manifest.skip_config.layout(visual, varies=True).selection_sizes()
+
+    return groups
 
 
 def measure_gaps(
@@ -158,9 +176,6 @@ def measure_gaps(
             contenders.check_real()
         except BackendError as error:
             found["backend"] = Gap("backend", None, not_run=str(error), dtype=dtype)
-    if not exact and contenders.varies:
-        for name in ("backend", "precision"):
-            found[name] = Gap(name, None, not_run=_VARIES, dtype=dtype)
     needed = {name for gap in wanted if gap not in found for name in table[gap]}
     names = [name for name in Contenders.NAMES if name in needed]
     made: dict[str, list[Transcript]] = {name: [] for name in names}
@@ -170,16 +185,19 @@ def measure_gaps(
             for name in names:
                 made[name].append(getattr(contenders, name)(prompt))
 
+    def words(note: str) -> str:
+        return note.format(numbers=numbers_of(manifest), device=bundle.backend.device)
+
     def gap(name: str) -> Gap:
         sets: list[tuple[Any, ...]] = list(zip(*(made[side] for side in table[name]), strict=True))
         if len(table[name]) == 3:
-            found = compare_precision(name, sets, dtype, manifest.layout.selection_sizes())
+            found = compare_precision(name, sets, dtype, groups_of(manifest))
             if manifest.weights is not None:
                 found.min_db = INT4_MIN_DB[name]
             return found
         notes = NOTES if exact else ROUNDED_NOTES
         limit = None if name == "method" else LIMIT
-        done = compare_steps(name, sets, limit, notes.get(name, "").format(numbers=numbers_of(manifest)))
+        done = compare_steps(name, sets, limit, words(notes.get(name, "")))
         return _without_kv(done) if name == "method" else done
 
     return ParityReport(

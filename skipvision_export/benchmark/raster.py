@@ -10,10 +10,11 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 import onnxruntime as ort
 
-from skipvision_export.graph.passes.names import IMAGE_FEATURES, PLACES, RASTER_FEATURES, TOKEN_ORDER, VISION
+from skipvision_export.graph.passes.names import PLACES, RASTER_FEATURES, TOKEN_ORDER, VISION
 from skipvision_export.runtime.generation import Pixels
+from skipvision_export.runtime.ort import provider_options
 from skipvision_export.runtime.pipeline import Bundle
-from skipvision_export.runtime.varying import Patches, VaryingPictures
+from skipvision_export.runtime.varying import LaidPictures, Patches, VaryingPictures
 
 
 class RasterEncoder:
@@ -44,24 +45,38 @@ class RasterEncoder:
             "session.model_external_initializers_file_folder_path", str(file.parent)
         )
         self._session = ort.InferenceSession(
-            ir.to_proto(model).SerializeToString(), options, providers=list(bundle.backend.providers)
+            ir.to_proto(model).SerializeToString(),
+            options,
+            providers=list(bundle.backend.providers),
+            provider_options=provider_options(bundle.backend.providers),
         )
 
     def __call__(self, pixel_values: Pixels) -> Any:
         """[N, 3, h, w] -> [N, V, D] in raster order; patches of pictures of any shape -> LaidPictures."""
-        if isinstance(pixel_values, Patches):
-            assert self._varying is not None
-            return self._varying.encode(self._run_one, pixel_values)
-        return self.run(pixel_values)[0]
+        features, _ = self.run(pixel_values)
+        if not isinstance(pixel_values, Patches):
+            return features
+        assert self._varying is not None
+        places = [np.arange(visual) for visual, _ in self._varying.sizes(pixel_values)]
+        return LaidPictures(features, pixel_values.grids, tuple(places))
 
-    def _run_one(self, feeds: dict[str, Any]) -> dict[str, Any]:
-        names = [value.name for value in self._session.get_inputs()]
-        raster = self._session.run(None, {name: feeds[name] for name in names})[0]
-        return {IMAGE_FEATURES: raster}
+    def run(self, pixel_values: Pixels) -> tuple[npt.NDArray[Any], list[list[int]]]:
+        """The features, and the chosen order of each image's tokens: [N, V], empty where it is a constant.
 
-    def run(self, pixel_values: npt.NDArray[np.float32]) -> tuple[npt.NDArray[Any], list[list[int]]]:
-        """The same, and the chosen order of each image's tokens: [N, V], empty where it is a constant."""
-        feed = self._session.get_inputs()[0]
-        dtype = np.float16 if feed.type == "tensor(float16)" else np.float32
-        raster, *order = self._session.run(None, {feed.name: pixel_values.astype(dtype)})
+        Of pictures of any shape the features are [1, V of all, W].
+        """
+        if not isinstance(pixel_values, Patches):
+            return self._run({"pixel_values": pixel_values})
+        assert self._varying is not None
+        each = [self._run(self._varying.feeds(*picture)) for picture in pixel_values.each()]
+        return np.concatenate([found for found, _ in each], axis=1), [row for _, rows in each for row in rows]
+
+    def _run(self, feeds: dict[str, npt.NDArray[Any]]) -> tuple[npt.NDArray[Any], list[list[int]]]:
+        taken = {
+            value.name: feeds[value.name].astype(np.float16)
+            if value.type == "tensor(float16)"
+            else feeds[value.name]
+            for value in self._session.get_inputs()
+        }
+        raster, *order = self._session.run(None, taken)
         return np.asarray(raster), order[0].tolist() if order else []

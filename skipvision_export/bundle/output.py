@@ -85,21 +85,9 @@ def _scratch(path: Path) -> Iterator[Path]:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a file through a temporary one beside it; raises OutputError."""
-    try:
-        file.absolute().parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.absolute().parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(text)
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, file)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
-    except OSError as error:
-        raise OutputError(_explain(file, error)) from error
+    """Write a file whole or not at all, in place of one that is there; raises OutputError."""
+    with atomic_file(file, force=True) as scratch:
+        (scratch / file.name).write_text(text, encoding="utf-8")
 
 
 def nearest_folder(path: Path) -> Path:

@@ -29,6 +29,10 @@ def build(
         bool,
         typer.Option("--onnx-only", help="Write ONNX for the target and a script of trtexec commands."),
     ] = False,
+    taps: Annotated[
+        bool,
+        typer.Option("--taps", help="Also give what each layer computes, for validate --engines; slower."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show profiles and commands; write nothing.")
     ] = False,
@@ -52,7 +56,7 @@ def build(
         from skipvision_export.tensorrt import handover
 
         check_output(output, force)
-        planned = plan(bundle, chosen, plugin, elsewhere=True)
+        planned = plan(bundle, chosen, plugin, elsewhere=True, taps=taps)
         if onnx_only and not dry_run:
             commands = handover.write_onnx(planned, output, force)
             print(f"{output / handover.SCRIPT}: run it on the device")
@@ -63,7 +67,7 @@ def build(
         finish({"engines": {}, "commands": commands, "profiles": profiles}, json)
         return
     progress = Progress()
-    made = run_build(bundle, chosen, output, library=plugin, force=force, progress=progress)
+    made = run_build(bundle, chosen, output, library=plugin, taps=taps, force=force, progress=progress)
     progress("")
     for name, engine in made.engines.items():
         print(_line(name, engine))

@@ -11,6 +11,7 @@ from skipvision_export.bundle import MANIFEST
 from skipvision_export.cli.common import (
     BundleArgument,
     DenseOption,
+    DeviceOption,
     EnginesOption,
     JsonOption,
     PluginOption,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from skipvision_export.benchmark.contenders import Prompt
     from skipvision_export.models.loading import ModelSource
     from skipvision_export.runtime.torch_reference import TorchReference
+    from skipvision_export.runtime.trt import TrtRunner
     from skipvision_export.validation import Gap
 
 DataOption = Annotated[
@@ -44,6 +46,9 @@ def validate(
     data: DataOption = None,
     samples: Annotated[int, typer.Option(min=1, help="Prompts to compare.")] = 8,
     max_new_tokens: NewTokens = 16,
+    device: DeviceOption = "cpu",
+    engines: EnginesOption = None,
+    plugin: PluginOption = None,
     revision: RevisionOption = None,
     json: JsonOption = None,
 ) -> None:
@@ -62,20 +67,32 @@ def validate(
     that breaks is named with its module and nodes; or, if each is right alone, that rounding adds up.
     Exit 1 if a gap or a layer is over its limit.
 
+    With --engines, those of `skipvision build --taps`, the layers are those of the engines; the gaps are of
+    ONNX Runtime in any case, on the CPU or with --device cuda.
+
     BUNDLE may be another exporter's decoder of MODEL, an .onnx file: its layers are found by structure and
     compared with the model's, nothing skipped.
     """
     from skipvision_export.benchmark.blame import compare_layers
+    from skipvision_export.benchmark.blame_engines import compare_engines
     from skipvision_export.benchmark.parity import measure_gaps
     from skipvision_export.exporter import source_hash
     from skipvision_export.models.loading import resolve_model
+    from skipvision_export.runtime.ort import check_providers
     from skipvision_export.runtime.pipeline import Bundle
     from skipvision_export.runtime.torch_reference import TorchReference
 
     progress = Progress()
+    providers = check_providers(device)
+    if engines is None and plugin is not None:
+        raise ConfigError("--plugin is for engines; give --engines too")
     if bundle.suffix == ".onnx":
-        return _validate_decoder(bundle, TorchReference(resolve_model(model, revision)), data, json)
-    loaded = Bundle.load(bundle)
+        if engines is not None:
+            raise ConfigError(f"{bundle} is a graph; --engines belongs to the bundle of the engines")
+        reference = TorchReference(resolve_model(model, revision))
+        return _validate_decoder(bundle, reference, data, json, providers)
+    loaded = Bundle.load(bundle, providers=providers)
+    runner = _runner(engines, bundle, plugin)
     source = resolve_model(model, revision)
     if source_hash(source) != loaded.manifest.source.sha256:
         raise BundleError(
@@ -87,7 +104,10 @@ def validate(
     prompts = _prompts(source, data, samples)
     report = measure_gaps(loaded, reference, prompts, max_new_tokens=max_new_tokens, progress=progress)
     progress("layer by layer")
-    report.by_layer = compare_layers(loaded, reference, prompts[0])
+    if runner is None:
+        report.by_layer = compare_layers(loaded, reference, prompts[0])
+    else:
+        report.by_layer = compare_engines(loaded, runner, reference, prompts[0])
     progress("")
     for gap in report.gaps.values():
         print(gap_line(gap))
@@ -103,11 +123,20 @@ def validate(
         raise CheckFailed(f"{bundle} is not equal to {model}: a layer breaks, see above")
 
 
-def _validate_decoder(file: Path, reference: TorchReference, data: Path | None, json: Path | None) -> None:
+def _runner(engines: Path | None, bundle: Path, plugin: Path | None) -> TrtRunner | None:
+    """What runs engines; asked for before the long work."""
+    from skipvision_export.runtime.trt import TrtRunner
+
+    return None if engines is None else TrtRunner(engines, bundle, plugin)
+
+
+def _validate_decoder(
+    file: Path, reference: TorchReference, data: Path | None, json: Path | None, providers: tuple[str, ...]
+) -> None:
     """The layers of a decoder that another program exported."""
     from skipvision_export.benchmark.blame_decoder import compare_decoder
 
-    report = compare_decoder(file, reference, _prompts(reference.source, data, 1)[0])
+    report = compare_decoder(file, reference, _prompts(reference.source, data, 1)[0], providers)
     print(report.line())
     passed = report.verdict is None
     finish({"passed": passed, "gaps": {}, "layers": [], **report.to_json()}, json)

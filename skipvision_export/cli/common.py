@@ -32,6 +32,9 @@ EnginesOption = Annotated[
     Path | None,
     typer.Option(metavar="ENGINES", help="Run what `skipvision build` wrote of BUNDLE, on a GPU."),
 ]
+DeviceOption = Annotated[
+    str, typer.Option(metavar="DEVICE", help="What ONNX Runtime runs on: cpu, or cuda (its CUDA provider).")
+]
 PluginOption = Annotated[
     Path | None,
     typer.Option(metavar="LIBRARY", help="The KVPrune plugin, built from plugins/kv_prune."),

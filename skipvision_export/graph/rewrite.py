@@ -27,9 +27,8 @@ def rewrite(trace: Trace, context: PassContext) -> Rewritten:
     Raises PassError where a pass refuses a graph.
     """
     result = Rewritten(trace.clone().graphs)
-    # Decode's trace is that of any number of tokens behind a cache. What sees its whole prompt has no parts,
-    # and where positions have three axes a cache's length does not tell the next one.
-    if context.sees != "prompt" and context.width is None:
+    # Decode's trace is that of any number of tokens behind a cache. What sees its whole prompt has no parts.
+    if context.sees != "prompt":
         result.variants[APPEND] = trace.graphs[DECODE].clone()
     # Prefill first: the others share the weights that PackProjections makes there.
     every = result.graphs | result.variants

@@ -238,7 +238,7 @@ class SkipVisionState:
             rows = spread(partial(TokenLayout.ffn_mask, tier=tier)).flatten().nonzero().squeeze(1)
             if rows.numel() < ids.numel():
                 self._rows[tier] = rows
-        return self._go_on(args, kwargs)
+        return self._go_on(ids, args, kwargs)
 
     def _decoding(self, args: Any, kwargs: Any, past: int) -> tuple[Any, Any] | None:
         """The mask of what is left in the cache, and the original positions."""
@@ -261,7 +261,7 @@ class SkipVisionState:
             kwargs["position_ids"] = self.next_position[:, None] + steps
         return args, kwargs
 
-    def _go_on(self, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    def _go_on(self, ids: Tensor, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """attention_mask [B, P+S] and positions of a prompt that comes behind a cache of P positions."""
         before = self._cached[1]
         if not before.numel():
@@ -271,12 +271,20 @@ class SkipVisionState:
         seen = torch.ones_like(self.skipped, dtype=torch.int64) if mask is None else mask[:, -new:]
         kwargs["attention_mask"] = torch.cat([before.to(seen), seen], 1)
         if kwargs.get("position_ids") is None and self.next_position is not None:
-            kwargs["position_ids"] = self.next_position[:, None] + torch.arange(new, device=seen.device)
+            positions = torch.arange(new, device=seen.device).expand_as(self.skipped)
+            if self.varying is not None:
+                positions, _ = self.varying.count(ids, self.image_token, seen)
+            kwargs["position_ids"] = self.next_position[:, None] + positions
         return args, kwargs
 
     def _remember(self, past: int) -> None:
         """Count what was generated since the last prefill among the positions that are kept."""
         if self.keep_index is None or self.keep_mask is None:
+            if past and self.varying is not None:
+                raise InputError(
+                    "the cache was made before apply_skip_vision, so the next position is not known; feed "
+                    "the conversation from its start inside of it"
+                )
             # Nothing was dropped so far: every position is in the cache.
             self.prompt_length = past
             places = torch.arange(past).expand(self._shape[0], -1)
@@ -344,7 +352,10 @@ class SkipVisionState:
         """Hook on the decoder: after prefill, drop the K/V of skipped tokens in every layer."""
         cache = getattr(out, "past_key_values", None)
         before, counts = self._cached
-        if self.skipped is None or cache is None or not (self.skipped.any() or before.numel()):
+        if self.skipped is None or cache is None:
+            return
+        # Of pictures of any shape a cache's length does not tell the next position, even where all is kept.
+        if not (self.skipped.any() or before.numel() or self.varying is not None):
             return
         positions, new = kwargs.get("position_ids"), self.skipped.shape[1]
         if positions is None:

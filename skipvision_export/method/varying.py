@@ -130,26 +130,30 @@ class VaryingPictures:
         ) -> tuple[Tensor, Tensor]:
             if image_grid_thw is not None:
                 self.see(image_grid_thw)
-            seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            positions = torch.zeros_like(input_ids)
-            ends, picture = [], 0
-            for row, ids in enumerate(input_ids.tolist()):
-                at = i = 0
-                while i < len(ids):
-                    if not seen[row, i]:
-                        i += 1
-                    elif ids[i] != image_token:
-                        positions[row, i] = at
-                        at, i = at + 1, i + 1
-                    else:
-                        length = self.totals[picture]
-                        positions[row, i : i + length] = at
-                        at, i = at + max(self.grids[picture]), i + length
-                        picture += 1
-                ends.append(at - len(ids) if attention_mask is None else at - int(seen[row].sum()))
-            return positions.expand(3, -1, -1).clone(), torch.tensor(ends, device=input_ids.device)[:, None]
+            return self.count(input_ids, image_token, attention_mask)
 
         return get_rope_index
+
+    def count(self, ids: Tensor, image_token: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What `rope_index` gives for ids [B, S] and a mask [B, S], which hold the pictures last seen."""
+        seen = torch.ones_like(ids) if mask is None else mask
+        positions = torch.zeros_like(ids)
+        ends, picture = [], 0
+        for row, tokens in enumerate(ids.tolist()):
+            at = i = 0
+            while i < len(tokens):
+                if not seen[row, i]:
+                    i += 1
+                elif tokens[i] != image_token:
+                    positions[row, i] = at
+                    at, i = at + 1, i + 1
+                else:
+                    length = self.totals[picture]
+                    positions[row, i : i + length] = at
+                    at, i = at + max(self.grids[picture]), i + length
+                    picture += 1
+            ends.append(at - int(seen[row].sum()))
+        return positions.expand(3, -1, -1).clone(), torch.tensor(ends, device=ids.device)[:, None]
 
     def place(self, positions: Tensor | None, is_image: Tensor) -> Tensor | None:
         """positions [3 or 4, B, S] -> the same with rows and columns added at the placeholders."""

@@ -30,7 +30,8 @@ class CachedPrompt:
         self.generator = generator
         self.ids: Ints = np.zeros(0, np.int64)
         self._cache: KVCache | None = None
-        self._fixed = 0  # of ids: those up to the last prefill's end, whose dropped tokens cannot come back
+        # Of ids, those up to the last prefill's end, whose dropped tokens cannot come back; and its position.
+        self._fixed = self._end = 0
 
     def shared(self, ids: Ints) -> int:
         """How many first tokens of `ids` [S] need not be fed again; at least one is left to be."""
@@ -49,9 +50,10 @@ class CachedPrompt:
         before = None
         if known:
             assert self._cache is not None
-            before = Before(self._cache, self._cache.length - (len(self.ids) - known), known)
+            left = self._cache.length - (len(self.ids) - known)
+            before = Before(self._cache, left, self._end + known - self._fixed)
         done, self._cache = self.generator.turn(ids[None, known:], pixel_values, before, **options)
-        self._fixed = len(ids)
+        self._fixed, self._end = len(ids), done.next_position
         self.ids = np.concatenate([ids, np.array(done.token_ids[:-1], np.int64)])
         return done
 

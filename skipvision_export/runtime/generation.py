@@ -81,13 +81,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Before:
-    """What a part of a prompt comes behind: the first `cached` positions of a cache, and how many positions
-    there were in all, those of dropped tokens included.
+    """What a part of a prompt comes behind: the first `cached` positions of a cache, and the position that it
+    goes on at, dropped tokens counted. It is the same on all axes: what comes before ends in text.
     """
 
     cache: KVCache
     cached: int
-    positions: int
+    next_position: int
 
 
 class Generator:
@@ -253,7 +253,8 @@ class Generator:
     ) -> tuple[list[Transcript], Callable[[], KVCache]]:
         """Prefill and decode; the cache is made where decode, or the caller, wants it."""
         batch = PromptBatch.join(prompts, self.image_token)
-        positions = batch.lengths + (before.positions if before else 0)
+        first = before.next_position if before else 0
+        positions = batch.lengths + first
         self._check_room(int(positions.max()), limits.max_new_tokens)
         done = [self._begun(ids) for ids in prompts]
         start = time.perf_counter()
@@ -261,8 +262,10 @@ class Generator:
             features = self._encode_all(pixel_values)
         encoded = time.perf_counter()
         if self.varying is not None:
-            positions = self._count(done, batch, features)
+            positions = self._count(done, batch, features) + first
             self._check_room(int(positions.max()), limits.max_new_tokens)
+        for own, position in zip(done, positions, strict=True):
+            own.next_position = int(position)
         out, kept = self.append(batch, features, before) if before else self.prefill_cache(batch, features)
         cache = self._go_on(done, out, kept, positions, limits, start, encoded)
         return done, lambda: cache or self.backend.cache(out, kept)
@@ -272,7 +275,7 @@ class Generator:
         feeds, counts = self.prefill_feeds(prompt, features)
         cached = before.cached
         feeds["attention_mask"] = np.ones((1, cached + prompt.input_ids.shape[1]), np.int64)
-        feeds["position_ids"] = feeds["position_ids"] + before.positions
+        feeds["position_ids"] = feeds["position_ids"] + before.next_position
         first = np.arange(cached, dtype=np.int64)[None]
         feeds[KV_KEEP_INDEX] = np.concatenate([first, feeds[KV_KEEP_INDEX] + cached], 1)
         out = self.backend.run(APPEND, feeds | before.cache.past(cached))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import onnxruntime as ort
 
 from skipvision_export.bundle import Manifest
 from skipvision_export.bundle.graphs import GraphInfo
-from skipvision_export.errors import BackendError, BundleError
+from skipvision_export.errors import BackendError, BundleError, ConfigError
 from skipvision_export.graph.passes.names import DECODE, PREFILL
 from skipvision_export.runtime.batch import Flags
 from skipvision_export.runtime.huge_pages import huge_pages
@@ -21,7 +22,32 @@ from skipvision_export.runtime.kv_cache import JoinedCache, KVCache, SharedCache
 from skipvision_export.runtime.shared_weights import SharedWeights
 
 _CPU = ("CPUExecutionProvider",)
+# By the name of the device; what CUDA has no kernels for, such as sizes, runs on the CPU.
+_PROVIDERS = {"cpu": _CPU, "cuda": ("CUDAExecutionProvider", *_CPU)}
+# Products in float32 as they are written: TF32 rounds their factors to 11 bits.
+_PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 _NUMPY = {"float": np.float32, "float16": np.float16, "int64": np.int64}
+
+
+def check_providers(device: str) -> tuple[str, ...]:
+    """ONNX Runtime's providers for a device, `cpu` or `cuda`.
+
+    Raises ConfigError for another device, and BackendError where ONNX Runtime was built without it.
+    """
+    if device not in _PROVIDERS:
+        raise ConfigError(f"device {device!r} is not one of {', '.join(_PROVIDERS)}")
+    wanted, there = _PROVIDERS[device], ort.get_available_providers()
+    if wanted[0] not in there:
+        raise BackendError(
+            f"device {device} needs ONNX Runtime's {wanted[0]}, this installation has {', '.join(there)}; "
+            "install onnxruntime-gpu in place of onnxruntime, or leave out --device"
+        )
+    return wanted
+
+
+def provider_options(providers: Sequence[str]) -> list[dict[str, str]]:
+    """Of each provider, for an InferenceSession."""
+    return [_PROVIDER_OPTIONS.get(provider, {}) for provider in providers]
 
 
 class OrtBackend:
@@ -69,6 +95,11 @@ class OrtBackend:
         # Threads that load at once would take shared weights from under each other.
         self._loading = threading.Lock()
 
+    @property
+    def device(self) -> str:
+        """In words: CPU or CUDA."""
+        return self.providers[0].removesuffix("ExecutionProvider")
+
     def session(self, graph: str) -> ort.InferenceSession:
         """The session of one graph.
 
@@ -89,10 +120,22 @@ class OrtBackend:
         try:
             # Of shared weights there is nothing of the session's own to speak of.
             with huge_pages() if self._weights is None else contextlib.nullcontext():
-                return ort.InferenceSession(str(file), self._options(file), providers=list(self.providers))
+                made = ort.InferenceSession(
+                    str(file),
+                    self._options(file),
+                    providers=list(self.providers),
+                    provider_options=provider_options(self.providers),
+                )
         except Exception as error:  # onnxruntime raises its own kinds, none of them public
             first = str(error).strip().splitlines()[0]
             raise BundleError(f"ONNX Runtime cannot load {file}: {first}") from None
+        # Without a driver or its libraries ONNX Runtime goes on with the next provider.
+        if made.get_providers()[0] != self.providers[0]:
+            raise BackendError(
+                f"ONNX Runtime cannot use {self.providers[0]} here and would run on "
+                f"{made.get_providers()[0]}; see its messages above for the library or driver it lacks"
+            )
+        return made
 
     def _options(self, file: Path) -> ort.SessionOptions:
         options = ort.SessionOptions()

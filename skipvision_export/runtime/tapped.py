@@ -13,6 +13,7 @@ import onnxruntime as ort
 
 from skipvision_export.errors import BackendError
 from skipvision_export.graph.taps import GIVEN, Tap, cut, show, values_of
+from skipvision_export.runtime.ort import provider_options
 
 Array = npt.NDArray[Any]
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -96,7 +97,10 @@ class TappedGraph:
         )
         try:
             session = ort.InferenceSession(
-                ir.to_proto(model).SerializeToString(), options, providers=self._providers
+                ir.to_proto(model).SerializeToString(),
+                options,
+                providers=self._providers,
+                provider_options=provider_options(self._providers),
             )
             names = [value.name for value in session.get_outputs()]
             given = {

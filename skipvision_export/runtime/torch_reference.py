@@ -80,7 +80,7 @@ class TorchReference:
         config: SkipVisionConfig | None = None,
         keep_kv: bool = False,
         keep_features: bool = False,
-        features: np.ndarray | None = None,
+        same: Transcript | None = None,
         min_new_tokens: int = 0,
     ) -> tuple[Transcript, SkipVisionState | None]:
         """Generate greedily, dense or under `apply_skip_vision(config)`.
@@ -89,8 +89,9 @@ class TorchReference:
         tokens are counted with the layout's placeholders. Returns the transcript and, where patched,
         the state that tells the choice of tokens.
 
-        keep_features: record the images' features and orders; features: laid-out features
-        [N*layout.total, D] that the decoder reads instead of its images' own. Both only where patched.
+        keep_features: record the images' features, orders and places; same: a run that recorded them, whose
+        laid-out features the decoder reads at their places, instead of its images' own. Both only where
+        patched.
         """
         ids = torch.from_numpy(inputs.input_ids)
         found = inputs.pixel_values
@@ -108,9 +109,15 @@ class TorchReference:
         done = Transcript()
 
         def watch(raster: torch.Tensor, laid: torch.Tensor) -> torch.Tensor:
+            varying = None if state is None else state.varying
             if keep_features:
                 done.raster, done.laid = (x.flatten(0, 1).float().numpy() for x in (raster, laid))
-            return laid if features is None else torch.from_numpy(features).to(laid.dtype).view_as(laid)
+                done.places = [] if varying is None else [places.numpy() for places in varying.places]
+            if same is None:
+                return laid
+            if varying is not None:
+                varying.places = [torch.from_numpy(places) for places in same.places]
+            return torch.from_numpy(same.laid).to(laid.dtype).view_as(laid)
 
         with patch or nullcontext() as state:
             if state is not None:

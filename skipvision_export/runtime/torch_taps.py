@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from skipvision_export.graph.wrappers import Decoder, VisionEncoder
+from skipvision_export.graph.module_paths import ModulePaths
 from skipvision_export.models import ModelFamily
 
 Array = npt.NDArray[Any]
@@ -29,40 +29,27 @@ class Call:
     left: dict[str, Array] = field(default_factory=dict)
     checkpoints: list[tuple[str, str, Array]] = field(default_factory=list)
 
-    def first_of(self, layer: str) -> str:
-        """The module of a layer that ran first."""
-        return next(path for path, _, _ in self.checkpoints if path.startswith(f"{layer}."))
-
 
 class TorchTaps:
     """Records vision tower and decoder; a context manager, entered before the model is patched.
 
-    Module paths are those of the exported graphs, such as `decoder.layers.3.mlp.up_proj`. vision: of the last
-    picture; steps: prefill and the decode steps in turn.
+    paths: of its modules; vision: of the last picture; steps: prefill and the decode steps in turn.
     """
 
     def __init__(self, model: Any, family: ModelFamily) -> None:
         """Nothing is hooked yet."""
         self._model, self._family = model, family
-        config = model.config
         self.vision, self.steps = Call(), list[Call]()
         self.cache: Any = None
         self._handles: list[Any] = []
         self._current = self.vision
         decoder: Any = family.language_model(model)
-        layers = family.decoder_layers(model)
-        self._paths = {module: name for name, module in Decoder(model, family).named_modules()}
-        vision = {module: name for name, module in VisionEncoder(model, family).named_modules()}
-        tower = list(family.vision_layers(model))[: family.vision_dims(config).num_layers]
-        # With windows the tower's code sorts patches by window, the exported graph does not.
-        self.vision_layers = [vision[layer] for layer in tower if family.window_side(config) is None]
-        self._paths |= {module: name for module, name in vision.items() if module not in self._paths}
-        self._norms = [family.ffn(layer)[0] for layer in layers]
-        self.ffns = [self._paths[norm] for norm in self._norms]
-        self._norms.append(decoder.norm)
-        self.last_norm = self._paths[decoder.norm]
-        self.decoder_layers = [self._paths[layer] for layer in layers]
-        self._decoder, self._tower, self._layers = decoder, tower, list(layers)
+        self.paths = ModulePaths(model, family)
+        self._paths = self.paths.of
+        named = {path: module for module, path in self._paths.items()}
+        self._tower = list(family.vision_layers(model))[: len(self.paths.vision_layers)]
+        self._decoder, self._layers = decoder, [named[path] for path in self.paths.decoder_layers]
+        self._norms = [named[path] for path in (*self.paths.ffns, self.paths.last_norm)]
 
     def __enter__(self) -> Self:
         """Hook every module of both parts."""

@@ -14,9 +14,11 @@ class Transcript:
 
     token_ids: generated ids, the end token included; logits: one [vocab] float32 row for each of
     them, where asked for; kv: [K or V of each layer in turn], [H, K, Dh] right after prefill, where
-    asked for; retained_tokens, skipped_tokens: of all pictures; raster, laid: the images' features
-    [N*V, D] and [N*layout.total, D], before and after they are laid out, and order: the tokens of each as
-    they were chosen, [N, V], empty where nothing had to be chosen; all three only where asked for.
+    asked for; next_position: of the first generated token, dropped ones counted; retained_tokens,
+    skipped_tokens: of all pictures; raster, laid: the images' features [N*V, D] and [N*layout.total, D],
+    before and after they are laid out, order: the tokens of each as they were chosen, [N, V], empty where
+    nothing had to be chosen, and places: of pictures of any shape, where each one's laid-out tokens stand, as
+    the backend has it; these four only where asked for.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -25,10 +27,12 @@ class Transcript:
     raster: npt.NDArray[np.float32] | None = None
     laid: npt.NDArray[np.float32] | None = None
     order: list[list[int]] = field(default_factory=list)
+    places: list[npt.NDArray[np.int64]] = field(default_factory=list)
     pictures: int = 0
     retained_tokens: int = 0
     skipped_tokens: int = 0
     prompt_tokens: int = 0
+    next_position: int = 0
     kv_tokens_after_prefill: int = 0
     vision_ms: float = 0.0
     prefill_ms: float = 0.0

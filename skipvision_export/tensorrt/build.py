@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 import onnx
+import onnx_ir as ir
 
 from skipvision_export.bundle import MANIFEST, Manifest, atomic_folder, check_output, sha256_of
 from skipvision_export.errors import CompilerError, ConfigError
+from skipvision_export.graph.module_paths import ModulePaths
 from skipvision_export.models.loading import resolve_model
 from skipvision_export.tensorrt import plugin
 from skipvision_export.tensorrt.compile import Compiled, compile_graph
@@ -33,12 +35,17 @@ from skipvision_export.tensorrt.rtx import cache_folder
 Progress = Callable[[str], None]
 # What plugins/kv_prune builds.
 LIBRARY = "libskipvision_kv_prune.so"
+_TYPES = {
+    "float32": onnx.TensorProto.FLOAT,
+    "float16": onnx.TensorProto.FLOAT16,
+    "bfloat16": onnx.TensorProto.BFLOAT16,
+}
 KVPruneForm = Literal["library", "declared", "function"]
 
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """All that is decided before a compiler runs."""
+    """All that is decided before a compiler runs. paths: where engines also give what each layer computes."""
 
     folder: Path
     manifest: Manifest
@@ -46,6 +53,7 @@ class BuildPlan:
     sizes: list[Sizes]
     form: KVPruneForm
     library: Path | None
+    paths: ModulePaths | None = None
 
     def profiles(self, graph: str) -> list[Shapes]:
         """The shapes of a graph's inputs in each profile."""
@@ -53,11 +61,17 @@ class BuildPlan:
         return [shapes(graph, info, each, layout) for each in self.sizes]
 
 
-def plan(bundle: Path, recipe: Recipe, library: Path | None = None, elsewhere: bool = False) -> BuildPlan:
+def plan(
+    bundle: Path,
+    recipe: Recipe,
+    library: Path | None = None,
+    elsewhere: bool = False,
+    taps: bool = False,
+) -> BuildPlan:
     """Check a recipe against a bundle.
 
-    elsewhere: another machine compiles, and has the plugin library. Raises BundleError, ConfigError
-    for a precision or profile that does not fit, and CompilerError for a plugin library that is
+    elsewhere: another machine compiles, and has the plugin library; taps: see `build`. Raises BundleError,
+    ConfigError for a precision or profile that does not fit, and CompilerError for a plugin library that is
     missing.
     """
     manifest = Manifest.load(bundle)
@@ -87,7 +101,8 @@ def plan(bundle: Path, recipe: Recipe, library: Path | None = None, elsewhere: b
     found = [sizes(profile, manifest, positions, crops) for profile in recipe.profiles]
     if elsewhere and library is None and recipe.plugin.kv_prune == "library":
         library = Path(LIBRARY)
-    return BuildPlan(bundle, manifest, recipe, found, _form(recipe, library, elsewhere), library)
+    form, paths = _form(recipe, library, elsewhere), ModulePaths.of_source(source) if taps else None
+    return BuildPlan(bundle, manifest, recipe, found, form, library, paths)
 
 
 def _form(recipe: Recipe, library: Path | None, elsewhere: bool) -> KVPruneForm:
@@ -112,17 +127,20 @@ def build(
     out: str | Path,
     *,
     library: Path | None = None,
+    taps: bool = False,
     force: bool = False,
     progress: Progress = lambda _: None,
 ) -> EnginesManifest:
     """Build an engine of every graph of a bundle; atomic: a failing build leaves nothing behind.
 
-    library: the KVPrune plugin. Raises BundleError, ConfigError, OutputError, and CompilerError, which
+    library: the KVPrune plugin. taps: engines also give the residual stream behind each attention and FFN and
+    the vision tower's layers, by the names of `skipvision validate`; for comparisons, it keeps a compiler
+    from fusing over them. Raises BundleError, ConfigError, OutputError, and CompilerError, which
     names the ONNX node that a compiler refuses.
     """
     bundle, out = Path(bundle), Path(out)
     check_output(out, force)
-    planned = plan(bundle, recipe, library)
+    planned = plan(bundle, recipe, library, taps=taps)
     planned.manifest.verify(bundle)
     tensorrt = find(recipe.builder.product, recipe.builder.version)
     if recipe.builder.version_compatible and tensorrt.compiler.product != "tensorrt":
@@ -157,9 +175,24 @@ def build(
 
 def lowered_graph(planned: BuildPlan, graph: str, compiler: Compiler) -> tuple[onnx.ModelProto, Path]:
     """A graph as `compiler` takes it, and the file that its external weights lie beside."""
+    model, origin = shown_graph(planned, graph)
+    return lower(model, compiler, plugin=planned.form != "function"), origin
+
+
+def shown_graph(planned: BuildPlan, graph: str) -> tuple[onnx.ModelProto, Path]:
+    """A graph as the bundle has it, its taps among its outputs where they are wanted, and its file."""
     origin = planned.folder / planned.manifest.graphs[graph].file
     model = onnx.load(str(origin), load_external_data=False)
-    return lower(model, compiler, plugin=planned.form != "function"), origin
+    if planned.paths is not None:
+        kind = _TYPES[planned.manifest.dtype]
+        for tap in planned.paths.taps(graph, ir.load(origin).graph):
+            if tap.value.name != tap.name:
+                node = onnx.helper.make_node(
+                    "Identity", [str(tap.value.name)], [tap.name], f"taps.{tap.name}"
+                )
+                model.graph.node.append(node)
+            model.graph.output.append(onnx.helper.make_tensor_value_info(tap.name, kind, None))
+    return model, origin
 
 
 def _prepare_plugin(tensorrt: TensorRT, planned: BuildPlan) -> None:

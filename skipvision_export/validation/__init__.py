@@ -6,6 +6,7 @@ from skipvision_export.validation.precision import (
     INT4_MIN_DB,
     MIN_CHOICE,
     MIN_DB,
+    Groups,
     compare_precision,
     same_choice,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "MIN_DB",
     "Choice",
     "Gap",
+    "Groups",
     "TensorGap",
     "compare_precision",
     "compare_steps",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +25,9 @@ NOTE = (
     "greedy tokens are end to end"
 )
 
+# Sizes of the groups that a picture's tokens are chosen for, the last one being the rest, by their number.
+Groups = Callable[[int], Sequence[int]]
+
 
 class Seen(Steps, Protocol):
     """A generation that also recorded its picture; see runtime.transcript.Transcript."""
@@ -37,15 +40,14 @@ def compare_precision(
     name: str,
     triples: Sequence[tuple[Seen, Steps, Seen]],
     dtype: str,
-    groups: Sequence[int],
+    groups: Groups,
     note: str = NOTE,
 ) -> Gap:
     """Compare generations in float32 with the same in a half type.
 
     triples: in float32; in the half type, given the first one's image features as the decoder reads
-    them; in the half type, end to end. groups: sizes of the groups that tokens are chosen for, the
-    last one being the rest. Image features are compared in raster order, before anything is chosen.
-    Raises ValueError for a generation that did not record its features.
+    them; in the half type, end to end. Image features are compared in raster order, before anything is
+    chosen. Raises ValueError for a generation that did not record its features.
     """
     gap = compare_steps(name, [(wide, same) for wide, same, _ in triples], None, note, dtype)
     gap.min_db = MIN_DB.get(dtype)
@@ -61,7 +63,9 @@ def compare_precision(
         gap.greedy_match = float(np.mean([wide.token_ids == half.token_ids for wide, _, half in triples]))
         if any(wide.order for wide, _, _ in triples):
             shares = [
-                np.mean([same_choice(*orders, groups) for orders in zip(wide.order, half.order, strict=True)])
+                np.mean(
+                    [same_choice(a, b, groups(len(a))) for a, b in zip(wide.order, half.order, strict=True)]
+                )
                 for wide, _, half in triples
             ]
             gap.choice = Choice(float(np.mean(shares)), float(np.mean(np.array(shares) == 1)), MIN_CHOICE)

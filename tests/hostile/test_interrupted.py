@@ -180,7 +180,7 @@ def test_export_without_memory_fails_in_a_line(gigabytes, tmp_path):
     assert "memory" in last if done.returncode == 2 else last
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere; test_full_disk.py is for root")
 def test_a_folder_that_cannot_be_written(tiny_folder, tmp_path, capsys):
     tmp_path.chmod(0o500)
     assert run(["export", str(tiny_folder), "-o", str(tmp_path / "out"), "--dense"]) == 2

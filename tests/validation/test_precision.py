@@ -34,7 +34,7 @@ def done(noise=0.0, seed=0, scale=1.0, **more):
 
 def gap(half, dtype="float16", same=None, wide=None, groups=(2, 2)):
     wide = wide or done()
-    return compare_precision("precision", [(wide, same or half, half)], dtype, groups)
+    return compare_precision("precision", [(wide, same or half, half)], dtype, lambda visual: groups)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
@@ -105,7 +105,7 @@ def test_not_run_is_neither_passed_nor_failed():
 
 def test_nothing_compared_does_not_pass():
     assert compare_steps("rewrite", [], LIMIT).passed is False
-    assert compare_precision("precision", [], "float16", (2, 2)).passed is False
+    assert compare_precision("precision", [], "float16", lambda visual: (2, 2)).passed is False
 
 
 def test_unrecorded_features_are_an_error():
