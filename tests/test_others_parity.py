@@ -231,11 +231,12 @@ def test_int4_with_activations_in_8_bits(tmp_path):
 
 
 # What genai's builder makes of other text models of tests/families.py: norms, activations and biases differ.
+# It does not know Mixtral.
 @only_in_full
-@pytest.mark.parametrize("text", [name for name in TEXT if name != "llama"])
+@pytest.mark.parametrize("text", [name for name in TEXT if name not in ("llama", "mixtral")])
 def test_other_text_models(text, tmp_path):
     config = tiny_config()
-    config.text_config = text_config(text)
+    config.text_config = text_config(text, layers=3)
     head_size = 16
     if (
         "head_dim" in config.text_config.to_dict() and text != "mistral"
