@@ -2,7 +2,10 @@
 
 Run from the repository's root after a new benchmark, such as:
 
-skipvision demo -o demo --json benchmarks/results/demo_cpu.json && python benchmarks/update_readme.py
+skipvision demo -o demo --json benchmarks/results/demo_cpu.json
+skipvision bench demo/sibling-skip --against demo/sibling-dense --rounds 5 --batch 1,8,32 \\
+    --concurrency 8,32 --json benchmarks/results/load_cpu.json
+python benchmarks/update_readme.py
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ SOURCES = {
     name: ROOT / "benchmarks" / "results" / f"{name}.json"
     for name in (
         "demo_cpu",
+        "load_cpu",
         "accuracy_tiny",
         "training_cpu",
         "calibration_tiny",
@@ -97,6 +101,31 @@ def demo_rows(result: dict[str, Any]) -> list[str]:
         f"| {ratio('kv_bytes')} |",
         "",
     ]
+
+
+def load_rows(result: dict[str, Any]) -> list[str]:
+    """Throughput and latency of the sibling by batch and by concurrency."""
+    tokens = result["settings"]["new_tokens"]
+    rows = [
+        f"**Under load**, the same sibling, answers of {tokens} tokens, {result['settings']['rounds']} "
+        "interleaved rounds; latency of a request, median and 95th percentile:",
+        "",
+        "| | dense, tokens/s | skip, tokens/s | skip / dense | dense, ms | skip, ms | peak MB, both |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for point in result["load"]:
+        skip, dense = point["runs"]
+        n, alone = point["concurrency"], point["concurrency"] == 1
+        name = f"{point['batch']} in one run" if alone else f"{n} requests at once"
+        low, high = point["ratio_spread"]["tokens_per_s"]
+        rows.append(
+            f"| {name} | {dense['tokens_per_s']:.0f} | {skip['tokens_per_s']:.0f} "
+            f"| {point['ratios']['tokens_per_s']:.2f} [{low:.2f}, {high:.2f}] "
+            f"| {dense['latency_ms']:.0f}, {dense['latency_p95_ms']:.0f} "
+            f"| {skip['latency_ms']:.0f}, {skip['latency_p95_ms']:.0f} "
+            f"| {dense['peak_rss_mb']:.0f}, {skip['peak_rss_mb']:.0f} |"
+        )
+    return [*rows, ""]
 
 
 def accuracy_rows(result: dict[str, Any]) -> list[str]:
@@ -362,6 +391,7 @@ def table(results: dict[str, Any]) -> str:
     machine = results["demo_cpu"]["sibling"]["machine"]
     rows = [
         *demo_rows(results["demo_cpu"]),
+        *load_rows(results["load_cpu"]),
         *accuracy_rows(results["accuracy_tiny"]),
         *training_rows(results["training_cpu"]),
         *calibration_rows(results["calibration_tiny"]),
