@@ -44,7 +44,10 @@ class Work:
 
 
 def phase_work(bundle: Bundle, text_tokens: int, new_tokens: int) -> dict[str, Work]:
-    """Of `vision` (one picture), `prefill`, and `decode` (a step, the mean of those after prefill)."""
+    """Of `vision` (one picture), `prefill`, and `decode` (a step, the mean of those after prefill).
+
+    Operations are counted over the exported graphs' nodes; raises ValueError where prefill's do not follow.
+    """
     dims, sizes = decoder_dims(bundle), prefill_sizes(bundle, text_tokens)
     share = experts_share(dims)
     past = sizes["kept"] + max(0, new_tokens - 2) // 2
@@ -58,8 +61,8 @@ def phase_work(bundle: Bundle, text_tokens: int, new_tokens: int) -> dict[str, W
     ):
         model = onnx.load(bundle.folder / bundle.manifest.graphs[graph].file, load_external_data=False)
         part = 1.0 if graph == VISION else share
-        # Merged tokens, and pictures of any shape, have sizes that no graph tells.
-        flops = count_flops(model, given, part, known_only=True)
+        # Merged tokens, and pictures of any shape, have sizes that no graph tells; prefill's all follow.
+        flops = count_flops(model, given, part, known_only=graph != PREFILL)
         found[name] = Work(int(weight_bytes(model) * part) + cache, flops)
     return found
 

@@ -74,6 +74,11 @@ def points(batches: Sequence[int], concurrency: Sequence[int]) -> list[tuple[int
     return list(dict.fromkeys([*((n, 1) for n in batches), *((1, n) for n in concurrency)]))
 
 
+def point_name(batch: int, concurrency: int) -> str:
+    """Of one of `points`."""
+    return f"batch {batch}" if concurrency == 1 else f"concurrency {concurrency}"
+
+
 def measure_load(
     bundles: Sequence[Bundle],
     wanted: Sequence[tuple[int, int]],
@@ -89,7 +94,7 @@ def measure_load(
     `peak_rss_mb` of a process of its own, and `kv_bytes` of all prompts together after prefill.
     """
     for batch, concurrency in wanted:
-        name = f"batch {batch}" if concurrency == 1 else f"concurrency {concurrency}"
+        name = point_name(batch, concurrency)
         loads = [
             Load(bundle, settings.text_tokens, settings.new_tokens, batch, concurrency) for bundle in bundles
         ]

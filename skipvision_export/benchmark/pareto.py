@@ -67,8 +67,8 @@ def measure_pareto(
         )
     for point, front in zip(points, on_front([(p["accuracy"], p["ms"]) for p in points]), strict=True):
         point["front"] = front
-    timed.pop("ratios"), timed.pop("ratio_spread"), timed.pop("runs")
-    return {**timed, "questions": len(samples), "batch": batch, "points": points}
+    kept = {key: timed[key] for key in ("machine", "rates", "settings")}
+    return {**kept, "questions": len(samples), "batch": batch, "points": points}
 
 
 def kind_of(config: SkipVisionConfig) -> str:

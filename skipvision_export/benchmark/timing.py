@@ -15,12 +15,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 
-from skipvision_export.benchmark.floor import Rates, decoder_dims, experts_share, phase_work, prefill_sizes
-from skipvision_export.benchmark.flops import count_flops, kv_bytes
+from skipvision_export.benchmark.floor import Rates, decoder_dims, phase_work
+from skipvision_export.benchmark.flops import kv_bytes
 from skipvision_export.errors import SkipVisionError
-from skipvision_export.graph.passes.names import PREFILL
 from skipvision_export.runtime.pipeline import Bundle
 from skipvision_export.runtime.prompt import PromptInputs
 from skipvision_export.runtime.transcript import Transcript
@@ -42,6 +40,10 @@ class BenchSettings:
     warmup: int = 2
     threads: int = 0
     lengths: tuple[int, ...] = ()
+
+    def end_to_end(self) -> dict[int, str]:
+        """Lengths of answers whose time is told, and what that time is called among the ratios."""
+        return {n: f"end_to_end_{n}" for n in self.lengths or (self.new_tokens,)}
 
 
 @dataclass
@@ -129,7 +131,8 @@ def bench(
     times = [_times(own, settings) for own in samples]
     runs = []
     for bundle, own, sampled, phase in zip(bundles, times, samples, work, strict=True):
-        run = _run(bundle, own, sampled[-1].kv_tokens_after_prefill, settings, progress)
+        kv_tokens = sampled[-1].kv_tokens_after_prefill
+        run = _run(bundle, own, kv_tokens, phase["prefill"].flops, settings, progress)
         took = {"vision": run.vision_ms, "prefill": run.prefill_ms, "decode": run.decode_ms_per_token}
         run.floor = {name: rates.floor(phase[name], took[name]) for name in phase}
         runs.append(run)
@@ -162,8 +165,8 @@ def _times(samples: Sequence[Transcript], settings: BenchSettings) -> dict[str, 
         "decode": [done.decode_ms_per_token for done in samples],
         "ttft": [done.ttft_ms for done in samples],
     }
-    for n in settings.lengths or (settings.new_tokens,):
-        found[f"end_to_end_{n}"] = [done.ttft_ms + sum(done.decode_ms[: n - 1]) for done in samples]
+    for n, name in settings.end_to_end().items():
+        found[name] = [done.ttft_ms + sum(done.decode_ms[: n - 1]) for done in samples]
     return {name: np.array(values) for name, values in found.items()}
 
 
@@ -171,6 +174,7 @@ def _run(
     bundle: Bundle,
     times: dict[str, npt.NDArray[np.float64]],
     kv_tokens: int,
+    flops: int,
     settings: BenchSettings,
     progress: Progress,
 ) -> BenchRun:
@@ -192,21 +196,13 @@ def _run(
         peak_rss_mb=peak_rss_mb(bundle, settings),
         kv_tokens=kv_tokens,
         kv_bytes=kv_bytes(decoder_dims(bundle), kv_tokens, manifest.dtype),
-        flops=graph_flops(bundle, settings.text_tokens),
+        flops=flops,
         end_to_end=[
             {"new_tokens": n, "ms": median[name], "spread": spread(times[name])}
-            for n in settings.lengths or (settings.new_tokens,)
-            for name in (f"end_to_end_{n}",)
+            for n, name in settings.end_to_end().items()
         ],
         floor={},
     )
-
-
-def graph_flops(bundle: Bundle, text_tokens: int) -> int:
-    """Operations of the decoder's prefill, counted over the exported graph's nodes."""
-    file = bundle.folder / bundle.manifest.graphs[PREFILL].file
-    model = onnx.load(file, load_external_data=False)
-    return count_flops(model, prefill_sizes(bundle, text_tokens), experts_share(decoder_dims(bundle)))
 
 
 def peak_rss_mb(bundle: Bundle, settings: BenchSettings, batch: int = 1, concurrency: int = 1) -> float:

@@ -112,10 +112,9 @@ def floor_line(run: dict[str, Any], rates: dict[str, Any]) -> str:
 
 def load_lines(point: dict[str, Any]) -> list[str]:
     """A point's numbers, a line for each bundle."""
-    name = f"batch {point['batch']}"
-    if point["concurrency"] > 1:
-        name = f"concurrency {point['concurrency']}"
-    lines = []
+    from skipvision_export.benchmark.load import point_name
+
+    name, lines = point_name(point["batch"], point["concurrency"]), []
     for run in point["runs"]:
         tokens = f"{run['tokens_per_s']:.1f} tokens/s{_between(run['tokens_per_s_spread'], 1)}"
         lines.append(

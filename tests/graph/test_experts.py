@@ -11,9 +11,8 @@ from families import FAMILIES
 from family_check import LIMIT, PARITY, Subject
 
 from skipvision_export import SkipVisionConfig
-from skipvision_export.benchmark.floor import decoder_dims
+from skipvision_export.benchmark.floor import decoder_dims, phase_work
 from skipvision_export.benchmark.flops import prefill_cost
-from skipvision_export.benchmark.timing import graph_flops
 from skipvision_export.bundle import check_room
 from skipvision_export.bundle.room import memory_needed
 from skipvision_export.cli import run
@@ -91,7 +90,7 @@ def test_operations_are_those_of_the_experts_that_are_chosen(subject, dense):
         dims = decoder_dims(bundle)
         assert (dims.experts, dims.experts_per_token) == (4, 2)
         cost = prefill_cost(dims, bundle.manifest.layout, 10)
-        assert graph_flops(bundle, 10) == cost.prefill_flops
+        assert phase_work(bundle, 10, 2)["prefill"].flops == cost.prefill_flops
     one = 3 * dims.hidden_size * dims.intermediate_size
     assert dims.ffn_products == 2 * one + 4 * dims.hidden_size
     assert dims.ffn_weights == 4 * one + 4 * dims.hidden_size

@@ -14,8 +14,9 @@ from questions import write_questions
 from transformers.vision_utils import get_vision_window_index
 
 from skipvision_export import SkipVisionConfig, apply_skip_vision
+from skipvision_export.benchmark.floor import phase_work
 from skipvision_export.benchmark.parity import Prompt, measure_gaps
-from skipvision_export.benchmark.timing import BenchSettings, bench_inputs, graph_flops
+from skipvision_export.benchmark.timing import BenchSettings, bench_inputs
 from skipvision_export.cli import run
 from skipvision_export.config import PRESETS
 from skipvision_export.errors import ConfigError
@@ -254,7 +255,7 @@ def test_bench_takes_a_square_picture(subject):
     done = subject.skip.run(inputs, 2)
     assert done.prompt_tokens == inputs.input_ids.shape[1]
     assert done.kv_tokens_after_prefill == BenchSettings.text_tokens + subject.skip.manifest.layout.kept_kv
-    assert graph_flops(subject.skip, 64) > 0
+    assert phase_work(subject.skip, 64, 2)["prefill"].flops > 0
 
 
 # -- the command line, and what is refused -----------------------------------------------------------
