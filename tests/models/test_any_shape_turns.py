@@ -1,6 +1,7 @@
 """Turns with pictures of any shape on a pruned cache: positions go on from those of all pictures so far."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,11 +11,11 @@ from family_check import LIMIT, drop_deepstack, picture, take_rows_for_columns
 from full import FULL
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from turns import ort_turns
 
 from skipvision_export import SkipVisionConfig, apply_skip_vision
 from skipvision_export.errors import InputError
 from skipvision_export.graph.passes.names import APPEND, GRID
-from skipvision_export.runtime.conversation import CachedPrompt
 from skipvision_export.runtime.pipeline import Bundle
 from skipvision_export.runtime.varying import Patches
 
@@ -104,17 +105,7 @@ def torch_turns(subject, config, parts, steps):
     return np.array(found), cache.get_seq_length()
 
 
-def ort_turns(bundle, parts, steps):
-    """The same of a bundle; a turn's ids begin with the last generated token of the one before."""
-    prompt, found, ids = CachedPrompt(bundle.generator), [], np.zeros(0, np.int64)
-    for own, pictures in parts:
-        ids = np.concatenate([ids, own])
-        known = prompt.shared(ids)
-        assert known == len(prompt.ids)
-        done = prompt.extend(ids, pictures, known, max_new_tokens=steps, keep_logits=True, choose=best)
-        ids = np.concatenate([ids, done.token_ids])
-        found += done.logits
-    return np.array(found), prompt._cache.length
+best_turns = partial(ort_turns, choose=best)
 
 
 # -- what is right ------------------------------------------------------------------------------------
@@ -125,7 +116,7 @@ def ort_turns(bundle, parts, steps):
 @given(turns=TURNS, steps=st.integers(1, 3), seed=st.integers(0, 99))
 def test_turns_are_those_of_the_patched_model(subject, bundles, pictures, form, turns, steps, seed):
     parts = parts_of(bundles[form], turns, pictures, seed)
-    found, cached = ort_turns(bundles[form], parts, steps)
+    found, cached = best_turns(bundles[form], parts, steps)
     want, expected = torch_turns(subject, bundles[form].config, parts, steps)
     assert np.abs(found - want).max() <= LIMIT
     assert cached == expected
@@ -136,7 +127,7 @@ def test_turns_are_those_of_the_patched_model(subject, bundles, pictures, form, 
 def test_dense_turns_are_one_prompt_of_the_model_as_it_is(subject, bundles, pictures, turns, seed):
     """Whose positions are its own code's."""
     parts = parts_of(bundles["dense"], turns, pictures, seed)
-    found, _ = ort_turns(bundles["dense"], parts, 1)
+    found, _ = best_turns(bundles["dense"], parts, 1)
     so_far, given = np.zeros(0, np.int64), []
     for logits, (ids, own) in zip(found, parts, strict=True):
         so_far, given = np.concatenate([so_far, ids]), [*given, own]
@@ -174,10 +165,10 @@ def test_a_broken_graph_is_caught(subject, pictures, tmp_path):
     if subject.traced.source.family.deepstack_layers(subject.traced.source.config):
         damages.append(drop_deepstack)
     intact = twin(subject.skip, tmp_path, leave_as_it_is, APPEND)
-    assert np.abs(ort_turns(intact, parts, 2)[0] - want).max() <= LIMIT
+    assert np.abs(best_turns(intact, parts, 2)[0] - want).max() <= LIMIT
     for damage in damages:
         broken = twin(subject.skip, tmp_path, damage, APPEND)
-        assert np.abs(ort_turns(broken, parts, 2)[0] - want).max() > 100 * LIMIT, damage.__name__
+        assert np.abs(best_turns(broken, parts, 2)[0] - want).max() > 100 * LIMIT, damage.__name__
 
 
 @pytest.mark.parametrize("counted", ["tokens", "cache", "rows"])
@@ -195,7 +186,7 @@ def test_another_next_position_is_caught(subject, pictures, monkeypatch, counted
         return append(prompt, features, replace(before, next_position=at[counted]))
 
     monkeypatch.setattr(generator, "append", wrong)
-    found, _ = ort_turns(subject.skip, parts, 2)
+    found, _ = best_turns(subject.skip, parts, 2)
     assert np.abs(found[:2] - want[:2]).max() <= LIMIT
     assert np.abs(found[2:] - want[2:]).max() > 100 * LIMIT
 

@@ -8,13 +8,13 @@ from damage import count_positions_one_further, leave_as_it_is, twin
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from turns import ort_turns
 
 from skipvision_export import Bundle, apply_skip_vision
 from skipvision_export.benchmark.accuracy import BundleAnswerer, TorchAnswerer
 from skipvision_export.errors import InputError
 from skipvision_export.runtime import kv_cache
 from skipvision_export.runtime.batch import PromptBatch
-from skipvision_export.runtime.conversation import CachedPrompt
 from skipvision_export.runtime.data import load_imagefolder
 
 IMAGE = 3  # the random model's placeholder
@@ -88,19 +88,6 @@ def torch_turns(reference, config, parts, steps):
                 last = int(found[-1].argmax())
                 new = torch.tensor([[last]])
     return np.array(found), cache.get_seq_length()
-
-
-def ort_turns(bundle, parts, steps):
-    """The same of a bundle; a turn's ids begin with the last generated token of the one before."""
-    prompt, found, ids = CachedPrompt(bundle.generator), [], np.zeros(0, np.int64)
-    for own, pixels in parts:
-        ids = np.concatenate([ids, own])
-        known = prompt.shared(ids)
-        assert known == len(prompt.ids)
-        done = prompt.extend(ids, pixels, known, max_new_tokens=steps, keep_logits=True)
-        ids = np.concatenate([ids, done.token_ids])
-        found += done.logits
-    return np.array(found), prompt._cache.length
 
 
 @settings(AS_FOUND, max_examples=6)
