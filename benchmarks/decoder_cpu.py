@@ -40,6 +40,7 @@ from decoder_runs import (
     session,
     sibling,
     spread,
+    write_llama,
 )
 
 from skipvision_export import Bundle, SkipVisionConfig
@@ -68,20 +69,6 @@ OURS, SKIP, MERGE = "dense", "skip", "merged"
 ONE_COPY, SKIP_ONE_COPY = "dense, weights shared", "skip, weights shared"
 # With int4 weights nobody gives the logits of full ones; random weights make them noise.
 INT4, INT4_SKIP, GENAI_INT4 = "int4 dense", "int4 skip", "genai int4"
-
-
-def write_llama(folder: Path) -> None:
-    """The decoder as a Llama, which genai's builder reads, with a tokenizer of one word."""
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-
-    model = sibling()
-    llama = LlamaForCausalLM(model.config.text_config)
-    llama.model.load_state_dict(model.model.language_model.state_dict())
-    llama.lm_head.load_state_dict(model.lm_head.state_dict())
-    llama.save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({"<s>": 1, "</s>": 2, "a": 4}, unk_token="a"))
-    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 
 
 def measure(runs: dict[str, Run], rounds: int, each: int, what: str) -> dict[str, np.ndarray]:
@@ -348,7 +335,7 @@ def main() -> None:
     parser.add_argument("--write-model", type=Path, help="only write the model that it is built of")
     arguments = parser.parse_args()
     if arguments.write_model:
-        write_llama(arguments.write_model)
+        write_llama(sibling(), arguments.write_model)
         return
     with TemporaryDirectory() as scratch:
         found = compare(arguments.rounds, arguments.threads, arguments.genai, Path(scratch))

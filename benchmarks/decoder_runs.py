@@ -30,6 +30,19 @@ def sibling() -> Any:
     return model.eval()
 
 
+def write_llama(vlm: Any, folder: Path) -> None:
+    """The decoder of a LLaVA as a Llama, which genai's builder reads, with a tokenizer of one word."""
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    llama = LlamaForCausalLM(vlm.config.text_config).to(vlm.dtype)
+    llama.model.load_state_dict(vlm.model.language_model.state_dict())
+    llama.lm_head.load_state_dict(vlm.lm_head.state_dict())
+    llama.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({"<s>": 1, "</s>": 2, "a": 4}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+
+
 def session(
     file: Path, threads: int, weights: SharedWeights | None = None, *, ours: bool = False
 ) -> ort.InferenceSession:

@@ -94,10 +94,9 @@ class Results:
 
     def __init__(self, bench: Bench) -> None:
         """Read what is there."""
-        self.bench, self.whole = (
-            bench,
-            stamp(bench.name, bench.small, bench.device, bench.dtype) | {"ceilings": None, "cells": {}},
-        )
+        self.bench = bench
+        self.whole = stamp(bench.name, bench.small, bench.device, bench.dtype)
+        self.whole |= {"ceilings": None, "cells": {}}
         self.whole["drivers"] = [str(self.whole["device"].get("driver"))]
         self.failed: list[str] = []
         self.left_out: list[str] = []
@@ -176,6 +175,11 @@ class Results:
         if self.failed:
             print(f"failed: {', '.join(self.failed)}")
         return status
+
+
+def as_found(name: str, cell: dict[str, Any]) -> str:
+    """The line of a table for a cell that holds no times to lay out."""
+    return f"{name}: { ({k: v for k, v in cell.items() if k != 'seconds'}) }"
 
 
 def fits(run: Run) -> bool:

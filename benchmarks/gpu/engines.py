@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Bench, Results, arguments, begin, relative_error, spread
+from common import Bench, Results, arguments, as_found, begin, relative_error, spread
 from shapes import Shape
 from where import ROOT, without_paths
 
@@ -151,10 +151,7 @@ def apart(*arguments: object) -> dict[str, Any]:
 
 def table(whole: dict[str, Any]) -> list[str]:
     """For people."""
-    return [
-        f"{name}: { ({k: v for k, v in cell.items() if k != 'seconds'}) }"
-        for name, cell in whole["cells"].items()
-    ]
+    return [as_found(name, cell) for name, cell in whole["cells"].items()]
 
 
 def child(args: argparse.Namespace) -> int:

@@ -24,6 +24,7 @@ from common import (
     CheckError,
     Results,
     arguments,
+    as_found,
     begin,
     captured,
     interleave,
@@ -258,7 +259,7 @@ def table(whole: dict[str, Any]) -> list[str]:
     lines = []
     for name, cell in whole["cells"].items():
         if "contenders" not in cell:
-            lines.append(f"{name}: { ({k: v for k, v in cell.items() if k != 'seconds'}) }")
+            lines.append(as_found(name, cell))
             continue
         each = (
             f"{contender} {row['us']['median']:.2f} us ({row['of_copy']:.0%})"

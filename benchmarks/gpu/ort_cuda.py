@@ -27,6 +27,7 @@ from common import (
     CheckError,
     Results,
     arguments,
+    as_found,
     begin,
     captured,
     free,
@@ -228,17 +229,10 @@ def exported(model: Any, folder: Path, dtype: str) -> dict[str, Path]:
 
 def genai_graph(model: Any, folder: Path, precision: str, provider: str) -> Path:
     """What onnxruntime-genai's builder writes of the decoder; raises ImportError without it."""
+    from decoder_runs import write_llama
     from onnxruntime_genai.models import builder
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-    llama = LlamaForCausalLM(model.config.text_config).to(model.dtype)
-    llama.model.load_state_dict(model.model.language_model.state_dict())
-    llama.lm_head.load_state_dict(model.lm_head.state_dict())
-    llama.save_pretrained(folder / "llama")
-    words = Tokenizer(models.WordLevel({"<s>": 1, "</s>": 2, "a": 4}, unk_token="a"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>")
-    tokenizer.save_pretrained(folder / "llama")
+    write_llama(model, folder / "llama")
     places = (str(folder / "llama"), "", str(folder / "genai"), precision, provider, str(folder / "cache"))
     options = ["prune_lm_head=true", "exclude_embeds=true"]
     builder.create_model(*places, **builder.parse_extra_options(*places, options))
@@ -250,7 +244,7 @@ def table(whole: dict[str, Any]) -> list[str]:
     lines = []
     for name, cell in whole["cells"].items():
         if "prefill_ms" not in cell:
-            lines.append(f"{name}: { ({k: v for k, v in cell.items() if k != 'seconds'}) }")
+            lines.append(as_found(name, cell))
             continue
         for contender, row in cell["prefill_ms"].items():
             step = cell["step_ms"][contender]["median"]

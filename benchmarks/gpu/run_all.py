@@ -1,7 +1,7 @@
 """All GPU benchmarks in one command, the most valuable first, within a time limit; run it again to go on.
 
 python benchmarks/gpu/run_all.py --budget 570 --out benchmarks/results
-python benchmarks/gpu/run_all.py --small --out /tmp/small         # everything at small size on a CPU
+python benchmarks/gpu/run_all.py --small --out build/gpu_small     # everything at small size on a CPU
 
 Each script runs in a process of its own, writes OUT/gpu_NAME.json after every cell and is ended where it
 takes a minute more than its share. What is finished, by the same sources, is not run again; --again NAME

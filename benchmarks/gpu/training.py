@@ -26,6 +26,7 @@ from common import (
     Ceilings,
     Results,
     arguments,
+    as_found,
     begin,
     elapsed,
     fits,
@@ -283,7 +284,7 @@ def table(whole: dict[str, Any]) -> list[str]:
     lines = []
     for name, cell in whole["cells"].items():
         if "variants" not in cell:
-            lines.append(f"{name}: { ({k: v for k, v in cell.items() if k != 'seconds'}) }")
+            lines.append(as_found(name, cell))
         for variant, row in cell.get("variants", {}).items():
             lines.append(
                 f"{name}, batch {cell['batch']}, {variant:<18} {row['step_ms']['median']:9.1f} ms (floor "

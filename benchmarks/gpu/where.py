@@ -16,10 +16,16 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # `python benchmarks/gpu/NAME.py` works without an installation
+sys.path.append(str(ROOT / "benchmarks"))
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "triton", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "peft", "numpy")
 # What a result depends on, where there is no git to name a commit.
-SOURCES = ("skipvision_export/**/*.py", "plugins/kv_prune/kernel/*", "benchmarks/gpu/*.py")
+SOURCES = (
+    "skipvision_export/**/*.py",
+    "plugins/kv_prune/kernel/*",
+    "benchmarks/gpu/*.py",
+    "benchmarks/decoder_runs.py",
+)
 
 
 def stamp(name: str, small: bool, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
